@@ -1,0 +1,9 @@
+# Copyright 2026 The modeling_attnres authors. Licensed under the Apache License, Version 2.0.
+"""From a base checkpoint to an AttnRes checkpoint and back, on files."""
+
+from .retrofit import retrofit
+from .revert import revert
+from .verify import verify
+
+
+__all__ = ["retrofit", "revert", "verify"]

@@ -1,0 +1,207 @@
+# Copyright 2026 The modeling_attnres authors. Licensed under the Apache License, Version 2.0.
+"""Retrofit: a base checkpoint becomes an AttnRes checkpoint that computes the same."""
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .checkpoint import (
+    CONFIG,
+    INDEX,
+    REPLACED,
+    SINGLE_SHARD,
+    Checkpoint,
+    download,
+    new_folder,
+    place_files,
+    read_checkpoint,
+    write_index,
+    write_json,
+)
+
+
+if TYPE_CHECKING:
+    import torch
+
+    from modeling_attnres import AttnResConfig
+
+BASE_SHARD = "model-base.safetensors"
+ATTN_RES_SHARD = "model-attnres.safetensors"
+
+
+def retrofit(
+    source: str | Path,
+    output: str | Path,
+    attn_res_type: str = "block",
+    attn_res_block_size: int | None = None,
+    attn_res_scale: str = "sum",
+    attn_res_norm_eps: float = 1e-6,
+    link: bool = False,
+    revision: str | None = None,
+) -> Path:
+    r"""
+    Makes an AttnRes checkpoint of a Llama-style one. It works on files: the base's weights are copied or linked as they
+    are, the new tensors (zero queries, key norms of one) come in a shard of their own.
+
+    With the default scale the result computes what its base computes, up to the rounding of its sums.
+
+    Args:
+        source (`str` or `Path`): folder or Hub id of the base checkpoint.
+        output (`str` or `Path`): folder to write, new or empty.
+        attn_res_type, attn_res_block_size, attn_res_scale, attn_res_norm_eps: see [`AttnResConfig`].
+        link (`bool`, *optional*, defaults to `False`):
+            hard-link the base's weights in place of copying them. Both folders then share them.
+        revision (`str`, *optional*): branch, tag or commit of a source on the Hub.
+
+    Returns:
+        `Path`: the output.
+
+    Raises:
+        `FileNotFoundError`: no such source, or config.json, safetensors weights or a shard missing.
+        `FileExistsError`: the output is there already and not an empty folder.
+        `ValueError`: an unsupported base, an impossible value, a damaged file, a source that is AttnRes already.
+    """
+    source, output = str(source), Path(output)
+    base = read_checkpoint(download(source, revision))
+    attn_res = {
+        "base_model_type": base.config["model_type"],
+        "attn_res_type": attn_res_type,
+        "attn_res_block_size": attn_res_block_size,
+        "attn_res_scale": attn_res_scale,
+        "attn_res_norm_eps": attn_res_norm_eps,
+    }
+    config, config_json, tensors = _plan(base, attn_res)
+
+    with new_folder(output, base.folder) as folder:
+        shards = list(base.weights.files_metadata)
+        weights = [(base.folder / s, folder / (BASE_SHARD if s == SINGLE_SHARD else s)) for s in shards]
+        place_files(weights, link)
+        _save_tensors(tensors, folder / ATTN_RES_SHARD)
+        write_index(folder)
+        write_json(folder / CONFIG, config_json)
+
+        others = [file for file in base.other_files() if str(file) != "README.md"]
+        replaced = [name for name in (CONFIG, INDEX, "README.md") if (base.folder / name).is_file()]
+        place_files([(base.folder / file, folder / file) for file in others])
+        place_files([(base.folder / name, folder / REPLACED / name) for name in replaced])
+        for file in code_files():
+            (folder / file.name).write_bytes(file.read_bytes())
+        _write_model_card(folder / "README.md", base, source, config)
+    return output
+
+
+def attn_res_tensors(config: "AttnResConfig", architecture: str) -> dict[str, "torch.Tensor"]:
+    """The tensors that a model of that class has beside its base's, with their first values, in float32."""
+    import torch
+
+    import modeling_attnres
+
+    with torch.device("meta"):
+        model = getattr(modeling_attnres, architecture)(config)
+    first_values = modeling_attnres.DepthAttention(config).state_dict()
+    return {
+        f"{module_name}.{name}": value
+        for module_name, module in model.named_modules()
+        if isinstance(module, modeling_attnres.DepthAttention)
+        for name, value in first_values.items()
+    }
+
+
+def _plan(base: Checkpoint, attn_res: dict[str, Any]) -> tuple["AttnResConfig", dict[str, Any], dict[str, Any]]:
+    """Configuration, config.json and new tensors of the retrofit; all that can be wrong with the base shows here."""
+    import torch
+
+    from modeling_attnres import AttnResConfig
+    from modeling_attnres.configuration_attnres import ATTN_RES_FIELDS, AUTO_MAP
+
+    if base.config["model_type"] == "attnres":
+        raise ValueError(f"{base.folder} is an AttnRes checkpoint already: its `model_type` is 'attnres'.")
+    config = AttnResConfig.from_dict({**base.config, **attn_res})
+
+    base_architecture = (base.config.get("architectures") or ["ForCausalLM"])[0]
+    kind = re.search(r"ForCausalLM$|Model$", base_architecture)
+    if kind is None:
+        raise ValueError(
+            f"`architectures` of {base.folder / CONFIG} names {base_architecture}, but only a causal language model "
+            "(…ForCausalLM) or a decoder without a head (…Model) can be retrofitted."
+        )
+    architecture = f"AttnRes{kind[0]}"
+    norm = "model.norm.weight" if architecture == "AttnResForCausalLM" else "norm.weight"
+    if norm not in base.tensors:
+        raise ValueError(f"{base.folder} holds no tensor {norm!r}: these are not the weights of a {base_architecture}.")
+    # A norm is never quantised
+    dtypes = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
+    dtype = dtypes.get(base.tensors[norm].dtype)
+    if dtype is None:
+        raise ValueError(f"The tensor {norm!r} of {base.folder} is {base.tensors[norm].dtype}, not a float type.")
+
+    config_json = {
+        **base.config,
+        **{name: getattr(config, name) for name in ATTN_RES_FIELDS},
+        "model_type": "attnres",
+        "architectures": [architecture],
+        "auto_map": {**base.config.get("auto_map", {}), **AUTO_MAP},
+    }
+    # Cloned, since a file must not share memory between tensors
+    tensors = attn_res_tensors(config, architecture)
+    return config, config_json, {name: tensor.to(dtype, copy=True) for name, tensor in tensors.items()}
+
+
+def _save_tensors(tensors: dict[str, "torch.Tensor"], path: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def code_files() -> list[Path]:
+    """The files that the Auto classes run when the package is not installed."""
+    from transformers.dynamic_module_utils import get_relative_import_files
+
+    from modeling_attnres import modeling_attnres
+
+    return [Path(modeling_attnres.__file__), *map(Path, get_relative_import_files(modeling_attnres.__file__))]
+
+
+def _write_model_card(path: Path, base: Checkpoint, source: str, config: "AttnResConfig") -> None:
+    from huggingface_hub import ModelCard, ModelCardData
+
+    base_name = Path(source).name if Path(source).is_dir() else source
+    base_card = base.folder / "README.md"
+    licence = {}
+    if base_card.is_file():
+        data = ModelCard(base_card.read_text(encoding="utf-8"), ignore_metadata_errors=True).data.to_dict()
+        licence = {key: data[key] for key in ("license", "license_name", "license_link") if key in data}
+    card = ModelCardData(
+        base_model=base_name, library_name="transformers", pipeline_tag="text-generation", tags=["attnres"], **licence
+    )
+    sources = (
+        f"blocks of {config.attn_res_block_size} decoder layers"
+        if config.attn_res_type == "block"
+        else "each sublayer's output"
+    )
+    path.write_text(
+        f"""---
+{card.to_yaml()}
+---
+
+# {base_name} with Attention Residuals
+
+[{base_name}]({f"https://huggingface.co/{base_name}" if "/" in base_name else "."}) with
+[Attention Residuals](https://arxiv.org/abs/2603.15031) in place of its residual connections: each sublayer attends over
+depth. Sources: {sources}; scale: `{config.attn_res_scale}`.
+
+The base's weights are unchanged and the new queries are zero{
+            ", so the model computes what its base computes until it is trained further"
+            if config.attn_res_scale == "sum"
+            else ""
+        }.
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("path/to/this/checkpoint", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained("path/to/this/checkpoint")
+```
+""",
+        encoding="utf-8",
+    )

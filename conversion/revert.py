@@ -1,0 +1,110 @@
+# Copyright 2026 The modeling_attnres authors. Licensed under the Apache License, Version 2.0.
+"""Revert: an AttnRes checkpoint becomes a checkpoint of its base again."""
+
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+
+from .checkpoint import (
+    CONFIG,
+    REPLACED,
+    SINGLE_SHARD,
+    Checkpoint,
+    download,
+    new_folder,
+    place_files,
+    read_checkpoint,
+    write_index,
+    write_json,
+)
+from .retrofit import BASE_SHARD, attn_res_tensors, code_files
+
+
+def revert(source: str | Path, output: str | Path, force: bool = False, revision: str | None = None) -> Path:
+    r"""
+    Gives the base of an AttnRes checkpoint back. Of a retrofit that was not trained, every file is the base's to the
+    byte.
+
+    Args:
+        source (`str` or `Path`): folder or Hub id of the AttnRes checkpoint.
+        output (`str` or `Path`): folder to write, new or empty.
+        force (`bool`, *optional*, defaults to `False`):
+            drop the queries and key norms even if they are trained: the base computes something else then.
+        revision (`str`, *optional*): branch, tag or commit of a source on the Hub.
+
+    Returns:
+        `Path`: the output.
+
+    Raises:
+        `FileNotFoundError`, `FileExistsError`: as for [`retrofit`].
+        `ValueError`: the source is not AttnRes, or it computes what its base cannot and `force` is not given.
+    """
+    from modeling_attnres import AttnResConfig
+
+    checkpoint = read_checkpoint(download(str(source), revision))
+    model_type = checkpoint.config["model_type"]
+    if model_type != "attnres":
+        raise ValueError(f"{checkpoint.folder} is not an AttnRes checkpoint: its `model_type` is {model_type!r}.")
+    config = AttnResConfig.from_dict(dict(checkpoint.config))
+    architecture = (checkpoint.config.get("architectures") or ["AttnResForCausalLM"])[0]
+    attn_res = attn_res_tensors(config, architecture).keys() & checkpoint.tensors.keys()
+    if not force:
+        _refuse_trained_queries(checkpoint, attn_res)
+
+    replaced = checkpoint.folder / REPLACED
+    with new_folder(Path(output), checkpoint.folder) as folder:
+        _write_base_weights(checkpoint, attn_res, folder)
+        if replaced.is_dir():
+            restored = [file.name for file in replaced.iterdir()]
+        else:
+            restored = []
+            write_json(folder / CONFIG, _base_config_json(checkpoint.config, architecture))
+            if len(list(folder.glob("*.safetensors"))) > 1:
+                write_index(folder)
+        place_files([(replaced / name, folder / name) for name in restored])
+        ours = {"README.md", *(file.name for file in code_files())}
+        others = [file for file in checkpoint.other_files() if file.parts[0] not in {REPLACED, *ours}]
+        place_files([(checkpoint.folder / file, folder / file) for file in others])
+    return Path(output)
+
+
+def _refuse_trained_queries(checkpoint: Checkpoint, attn_res: set[str]) -> None:
+    queries = sorted(name for name in attn_res if name.endswith(".query"))
+    trained = []
+    for shard in sorted({checkpoint.weights.weight_map[name] for name in queries}):
+        with safe_open(checkpoint.folder / shard, framework="pt") as tensors:
+            trained += [n for n in queries if checkpoint.weights.weight_map[n] == shard and tensors.get_tensor(n).any()]
+    if trained:
+        raise ValueError(
+            f"{len(trained)} of {len(queries)} queries are trained (the first is {trained[0]!r}), so the base alone "
+            "computes something else. To drop them all the same, use `force` (--force)."
+        )
+
+
+def _write_base_weights(checkpoint: Checkpoint, attn_res: set[str], folder: Path) -> None:
+    """Copies the shards of the base as they are and saves those anew that hold AttnRes tensors too."""
+    copied = []
+    for shard, file in checkpoint.weights.files_metadata.items():
+        kept = file.tensors.keys() - attn_res
+        target = folder / (SINGLE_SHARD if shard == BASE_SHARD else shard)
+        if kept == file.tensors.keys():
+            copied.append((checkpoint.folder / shard, target))
+        elif kept:
+            from safetensors.torch import save_file
+
+            with safe_open(checkpoint.folder / shard, framework="pt") as tensors:
+                save_file({name: tensors.get_tensor(name) for name in kept}, target, metadata=tensors.metadata())
+    place_files(copied)
+
+
+def _base_config_json(config_json: dict[str, Any], architecture: str) -> dict[str, Any]:
+    """config.json of the base of a checkpoint that was saved by transformers and so lacks the base's own files."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
+
+    from modeling_attnres.configuration_attnres import ATTN_RES_FIELDS
+
+    base_model_type = config_json["base_model_type"]
+    names = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if architecture.endswith("ForCausalLM") else MODEL_MAPPING_NAMES
+    kept = {name: value for name, value in config_json.items() if name not in ATTN_RES_FIELDS and name != "auto_map"}
+    return {**kept, "model_type": base_model_type, "architectures": [names[base_model_type]]}

@@ -1,0 +1,103 @@
+# Copyright 2026 The modeling_attnres authors. Licensed under the Apache License, Version 2.0.
+"""Verify: does a retrofit compute what its base computes?"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .checkpoint import Checkpoint, download, read_checkpoint
+from .retrofit import attn_res_tensors
+
+
+if TYPE_CHECKING:
+    import torch
+
+# Of the largest logit. float32 alone leaves 2e-6 on a real model whose residual stream reaches 25,000.
+TOLERANCE = 1e-5
+LENGTHS = (1, 7, 64, 256)
+
+
+@dataclass
+class Verification:
+    """Largest difference between the logits of base and retrofit, next to the largest logit of the base."""
+
+    max_difference: float
+    max_logit: float
+
+    @property
+    def passed(self) -> bool:
+        # Written so that a NaN does not pass
+        return self.max_difference <= TOLERANCE * self.max_logit
+
+
+def verify(base: str | Path, attnres: str | Path) -> Verification:
+    r"""
+    Compares an AttnRes checkpoint with its base: first the tensors by name, dtype and shape, then the logits in float32
+    on token sequences of several lengths, one by one and as one left-padded batch. One model is in memory at a time.
+
+    Args:
+        base (`str` or `Path`): folder or Hub id of the base checkpoint.
+        attnres (`str` or `Path`): folder or Hub id of the AttnRes checkpoint.
+
+    Returns:
+        [`Verification`]: with `max_difference`, `max_logit` and `passed`.
+
+    Raises:
+        `FileNotFoundError`: as for [`retrofit`].
+        `ValueError`: one of the two is not what it should be, or their tensors differ.
+    """
+    base_checkpoint, checkpoint = read_checkpoint(download(str(base))), read_checkpoint(download(str(attnres)))
+    _compare_structure(base_checkpoint, checkpoint)
+    expected = _logits(base_checkpoint)
+    actual = _logits(checkpoint)
+    return Verification(
+        max_difference=max((a - e).abs().max().item() for a, e in zip(actual, expected)),
+        max_logit=max(e.abs().max().item() for e in expected),
+    )
+
+
+def _compare_structure(base: Checkpoint, attnres: Checkpoint) -> None:
+    from modeling_attnres import AttnResConfig
+
+    if attnres.config["model_type"] != "attnres":
+        raise ValueError(f"{attnres.folder} is not AttnRes: its `model_type` is {attnres.config['model_type']!r}.")
+    if attnres.config["base_model_type"] != base.config["model_type"]:
+        raise ValueError(
+            f"{attnres.folder} has a base of type {attnres.config['base_model_type']!r}, but {base.folder} is of type "
+            f"{base.config['model_type']!r}."
+        )
+    architecture = (attnres.config.get("architectures") or ["AttnResForCausalLM"])[0]
+    added = attn_res_tensors(AttnResConfig.from_dict(dict(attnres.config)), architecture)
+
+    def described(tensors):
+        return {name: (info.dtype, list(info.shape)) for name, info in tensors.items()}
+
+    expected, actual = described(base.tensors), described(attnres.tensors)
+    problems = [f"{name} is missing" for name in expected.keys() | added.keys() if name not in actual]
+    problems += [f"{name} is not expected" for name in actual if name not in expected and name not in added]
+    problems += [
+        f"{name} is {actual[name]} and not {expected[name]}"
+        for name in expected.keys() & actual.keys()
+        if actual[name] != expected[name]
+    ]
+    if problems:
+        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise ValueError(f"The tensors of {attnres.folder} do not fit: {'; '.join(sorted(problems)[:5])}{more}.")
+
+
+def _logits(checkpoint: Checkpoint) -> list["torch.Tensor"]:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    import modeling_attnres  # noqa: F401  registers the model type
+
+    model = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=torch.float32).eval()
+    generator = torch.Generator().manual_seed(0)
+    longest = min(max(LENGTHS), model.config.max_position_embeddings)
+    tokens = torch.randint(model.config.vocab_size, (len(LENGTHS), longest), generator=generator)
+    mask = torch.stack([torch.arange(longest) >= longest - length for length in LENGTHS])
+    with torch.no_grad():
+        alone = [model(tokens[i : i + 1, -length:]).logits for i, length in enumerate(LENGTHS)]
+        padded = model(tokens, attention_mask=mask.long()).logits
+    # Logits at padding are of no meaning
+    return [*alone, padded[mask]]

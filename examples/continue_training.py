@@ -1,0 +1,89 @@
+"""Goes on training a retrofit (or any causal language model) with Trainer.
+
+attnres retrofit BASE my-attnres
+python examples/continue_training.py my-attnres my-attnres-trained --files my-texts/*.txt
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from text import default_files, token_blocks
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+)
+
+import modeling_attnres  # noqa: F401  registers AttnRes with the Auto classes
+
+
+def continue_training(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    output: str | Path,
+    files: list[str],
+    steps: int = 20,
+    learning_rate: float = 5e-5,
+    batch_size: int = 4,
+    block_length: int = 256,
+    eval_blocks: int = 16,
+) -> tuple[float, float]:
+    """Trains and saves the model. Returns the loss on held-out text before and after."""
+    train_blocks, held_out_blocks = token_blocks(files, tokenizer, block_length)
+    trainer = Trainer(
+        model=model,
+        args=TrainingArguments(
+            output_dir=str(output),
+            max_steps=steps,
+            per_device_train_batch_size=batch_size,
+            per_device_eval_batch_size=batch_size,
+            learning_rate=learning_rate,
+            lr_scheduler_type="cosine",
+            warmup_steps=max(1, steps // 10),
+            logging_steps=max(1, steps // 5),
+            save_strategy="no",
+            report_to="none",
+        ),
+        train_dataset=train_blocks,
+        eval_dataset=held_out_blocks.select(range(min(eval_blocks, len(held_out_blocks)))),
+        processing_class=tokenizer,
+    )
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    after = trainer.evaluate()["eval_loss"]
+    trainer.save_model()
+    return before, after
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", help="folder or Hub id")
+    parser.add_argument("output", help="folder for the trained model")
+    parser.add_argument("--files", nargs="+", default=default_files(), help="text files (default: Python's library)")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--learning-rate", type=float, default=5e-5)
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--block-length", type=int, default=256)
+    args = parser.parse_args()
+
+    model = AutoModelForCausalLM.from_pretrained(args.checkpoint, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(args.checkpoint)
+    before, after = continue_training(
+        model,
+        tokenizer,
+        args.output,
+        args.files,
+        steps=args.steps,
+        learning_rate=args.learning_rate,
+        batch_size=args.batch_size,
+        block_length=args.block_length,
+    )
+    print(f"Loss on held-out text: {before:.3f} before, {after:.3f} after. Saved to {args.output}.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+"""Trains a small Llama from scratch, tokenizer and all: a base for experiments.
+
+python examples/train_base.py my-base
+attnres retrofit my-base my-attnres
+"""
+
+import argparse
+from pathlib import Path
+
+from continue_training import continue_training
+from text import default_files
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
+
+
+END_OF_TEXT = "<|endoftext|>"
+
+
+def train_tokenizer(files: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[END_OF_TEXT], initial_alphabet=alphabet)
+    tokenizer.train(files, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("output", type=Path, help="folder for the trained model")
+    parser.add_argument("--files", nargs="+", default=default_files(), help="text files (default: Python's library)")
+    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--vocab-size", type=int, default=4096)
+    parser.add_argument("--hidden-size", type=int, default=256)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+
+    set_seed(args.seed)
+    tokenizer = train_tokenizer(args.files, args.vocab_size)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=args.hidden_size,
+            intermediate_size=args.hidden_size * 8 // 3,
+            num_hidden_layers=args.layers,
+            num_attention_heads=max(1, args.hidden_size // 64),
+            max_position_embeddings=1024,
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    print(f"{model.num_parameters() / 1e6:.1f} million parameters")
+    before, after = continue_training(
+        model, tokenizer, args.output, args.files, steps=args.steps, learning_rate=args.learning_rate, batch_size=8
+    )
+    print(f"Loss on held-out text: {before:.3f} before, {after:.3f} after. Saved to {args.output}.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,22 @@
+# Copyright 2026 The modeling_attnres authors. Licensed under the Apache License, Version 2.0.
+"""Attention Residuals for transformers. Importing this registers the classes with the Auto classes."""
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from .configuration_attnres import AttnResConfig
+from .depth_attention import DepthAttention, depth_attention
+from .modeling_attnres import AttnResForCausalLM, AttnResModel, AttnResPreTrainedModel
+
+
+AutoConfig.register("attnres", AttnResConfig)
+AutoModel.register(AttnResConfig, AttnResModel)
+AutoModelForCausalLM.register(AttnResConfig, AttnResForCausalLM)
+
+__all__ = [
+    "AttnResConfig",
+    "AttnResForCausalLM",
+    "AttnResModel",
+    "AttnResPreTrainedModel",
+    "DepthAttention",
+    "depth_attention",
+]

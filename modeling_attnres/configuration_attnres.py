@@ -1,0 +1,203 @@
+# Copyright 2026 The modeling_attnres authors. Licensed under the Apache License, Version 2.0.
+"""AttnRes configuration: any supported base's own fields, and five more."""
+
+from math import ceil
+from typing import Any, Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers import CONFIG_MAPPING, PreTrainedConfig
+
+
+# Bases whose decoder layer is Llama's: two pre-norm sublayers, each added to the residual stream.
+SUPPORTED_BASE_MODEL_TYPES = ("llama", "mistral", "phi3", "qwen2", "qwen3", "seed_oss", "smollm3")
+
+# Where the Auto classes find the code that travels with a checkpoint (`trust_remote_code=True`).
+AUTO_MAP = {
+    "AutoConfig": "configuration_attnres.AttnResConfig",
+    "AutoModel": "modeling_attnres.AttnResModel",
+    "AutoModelForCausalLM": "modeling_attnres.AttnResForCausalLM",
+}
+
+ATTN_RES_FIELDS = (
+    "base_model_type",
+    "attn_res_type",
+    "attn_res_block_size",
+    "attn_res_scale",
+    "attn_res_norm_eps",
+)
+
+# What a configuration class says about its models, beside its fields.
+_BASE_CLASS_ATTRIBUTES = (
+    "attribute_map",
+    "keys_to_ignore_at_inference",
+    "base_model_tp_plan",
+    "base_model_ep_plan",
+    "base_model_fsdp_plan",
+)
+
+
+@strict
+class AttnResConfig(PreTrainedConfig):
+    r"""
+    Configuration of an [`AttnResModel`]: a decoder whose residual connections are Attention Residuals
+    ([arXiv 2603.15031](https://arxiv.org/abs/2603.15031)).
+
+    It is flat. Every field of the base's configuration is a field of this one, with the base's default, validation and
+    alternative names; the fields below come on top.
+
+    Args:
+        base_model_type (`str`, *optional*, defaults to `"llama"`):
+            The `model_type` of the base, one of `SUPPORTED_BASE_MODEL_TYPES`.
+        attn_res_type (`str`, *optional*, defaults to `"block"`):
+            The sources that a sublayer attends over. `"block"` (Block AttnRes): the token embedding, the sum of each
+            finished block's sublayer outputs, the running sum of the current block. `"full"` (Full AttnRes): the token
+            embedding and each earlier sublayer's output.
+        attn_res_block_size (`int`, *optional*):
+            Decoder layers in a block, between 1 and `num_hidden_layers`. Defaults to the size that comes nearest to 8
+            blocks. Full AttnRes does not use it.
+        attn_res_scale (`str`, *optional*, defaults to `"sum"`):
+            What the weighted mean of the sources is multiplied by. `"sum"`: the number of sources, so that zero queries
+            give the standard residual stream. `"mean"`: 1, the paper's form.
+        attn_res_norm_eps (`float`, *optional*, defaults to 1e-6):
+            The epsilon of the RMSNorm that turns sources into keys.
+        kwargs:
+            The base's own fields.
+
+    Raises:
+        `ValueError`: the base is not supported, or a field has an impossible value.
+
+    ```python
+    >>> from modeling_attnres import AttnResConfig, AttnResForCausalLM
+
+    >>> config = AttnResConfig(base_model_type="qwen3", num_hidden_layers=4, attn_res_block_size=2)
+    >>> model = AttnResForCausalLM(config)
+    ```"""
+
+    model_type = "attnres"
+    _auto_class = "AutoConfig"
+
+    base_model_type: str = "llama"
+    attn_res_type: Literal["block", "full"] = "block"
+    attn_res_block_size: int | None = None
+    attn_res_scale: Literal["sum", "mean"] = "sum"
+    attn_res_norm_eps: float = 1e-6
+
+    def __init__(
+        self,
+        base_model_type: str = "llama",
+        attn_res_type: str = "block",
+        attn_res_block_size: int | None = None,
+        attn_res_scale: str = "sum",
+        attn_res_norm_eps: float = 1e-6,
+        **kwargs,
+    ):
+        if base_model_type not in SUPPORTED_BASE_MODEL_TYPES:
+            raise ValueError(_unsupported_base_message(base_model_type))
+        kwargs.pop("model_type", None)
+        base = CONFIG_MAPPING[base_model_type](**kwargs)
+        self.__dict__.update(base.__dict__)
+        for name in _BASE_CLASS_ATTRIBUTES:
+            # On the instance, since each base has its own; `_base_view` keeps them out of config.json
+            self.__dict__[name] = getattr(base, name, None)
+
+        self.base_model_type = base_model_type
+        self.attn_res_type = attn_res_type
+        self.attn_res_scale = attn_res_scale
+        self.attn_res_norm_eps = attn_res_norm_eps
+        if attn_res_block_size is None:
+            sizes = range(1, max(self.num_hidden_layers, 1) + 1)
+            attn_res_block_size = min(sizes, key=lambda size: abs(ceil(self.num_hidden_layers / size) - 8))
+        self.attn_res_block_size = attn_res_block_size
+
+    @classmethod
+    def from_base_config(cls, base_config: PreTrainedConfig, **attn_res) -> "AttnResConfig":
+        r"""
+        The AttnRes configuration of a base's configuration.
+
+        Args:
+            base_config ([`PreTrainedConfig`]): for instance a `LlamaConfig`.
+            attn_res: the `attn_res_*` fields that are to differ from their defaults.
+        """
+        return cls.from_dict({**base_config.to_dict(), "base_model_type": base_config.model_type, **attn_res})
+
+    def _base_view(self) -> PreTrainedConfig:
+        """The same values as a configuration of the base's class, which knows how to validate and save them."""
+        base_class = CONFIG_MAPPING[self.base_model_type]
+        view = base_class.__new__(base_class)
+        own = {*_BASE_CLASS_ATTRIBUTES, *ATTN_RES_FIELDS}
+        view.__dict__.update({name: value for name, value in self.__dict__.items() if name not in own})
+        return view
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**self._base_view().to_dict(), **self._own_items()}
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        view = self._base_view()
+        diff = view.to_diff_dict()
+        # The base leaves out what equals `PreTrainedConfig`'s default, and would read its own default back
+        defaults = type(view)().to_dict()
+        diff.update({name: value for name, value in view.to_dict().items() if value != defaults.get(name, value)})
+        diff.pop("_name_or_path", None)
+        return {**diff, **self._own_items(), "auto_map": {**diff.get("auto_map", {}), **AUTO_MAP}}
+
+    def _own_items(self) -> dict[str, Any]:
+        return {**{name: getattr(self, name) for name in ATTN_RES_FIELDS}, "model_type": self.model_type}
+
+    def validate_base_fields(self):
+        """Part of `@strict`-powered validation: what the base's configuration class checks."""
+        self._base_view().validate()
+
+    def validate_attn_res(self):
+        """Part of `@strict`-powered validation: AttnRes fields that depend on others."""
+        if self.attn_res_block_size is None or not 1 <= self.attn_res_block_size <= max(self.num_hidden_layers, 1):
+            raise ValueError(
+                f"`attn_res_block_size` is {self.attn_res_block_size}, but a block has between 1 and "
+                f"`num_hidden_layers` = {self.num_hidden_layers} decoder layers."
+            )
+        if not self.attn_res_norm_eps > 0:
+            raise ValueError(f"`attn_res_norm_eps` is {self.attn_res_norm_eps}, but it has to be greater than 0.")
+
+
+def _unsupported_base_message(base_model_type: str) -> str:
+    message = (
+        f"`base_model_type` is {base_model_type!r}, which AttnRes does not support. "
+        f"Supported: {', '.join(SUPPORTED_BASE_MODEL_TYPES)}."
+    )
+    if base_model_type not in CONFIG_MAPPING:
+        return f"{message} This version of transformers has no model of that type."
+    try:
+        differences = _decoder_layer_differences(base_model_type)
+    except Exception as error:  # noqa: BLE001  some models cannot be built from their defaults; the refusal stands
+        return f"{message} Its decoder could not be inspected: {error}"
+    if not differences:
+        return f"{message} Its decoder layer has the parts of Llama's, but is not known to compute the same."
+    return f"{message} Its decoder layer differs from Llama's: {'; '.join(differences)}."
+
+
+def _decoder_layer_differences(base_model_type: str) -> list[str]:
+    """The parts in which the last decoder layer of a model differs from Llama's."""
+    llama, _ = _decoder_layer_parts("llama")
+    parts, factors = _decoder_layer_parts(base_model_type)
+    if not parts:
+        return ["the model has no `layers`"]
+    differences = [f"no `{name}`" for name in llama if name not in parts]
+    differences += [f"a `{name}` ({kind})" for name, kind in parts.items() if name not in llama]
+    differences += [
+        f"`{name}` is a {parts[name]}, not a {kind}" for name, kind in llama.items() if parts.get(name, kind) != kind
+    ]
+    return differences + [f"a factor `{name}`" for name in factors]
+
+
+def _decoder_layer_parts(model_type: str) -> tuple[dict[str, str], list[str]]:
+    """The sub-modules of a decoder layer by name, with the kind of each, and the names of its scalar factors."""
+    import torch
+    from transformers import AutoModel
+
+    with torch.device("meta"):
+        model = AutoModel.from_config(CONFIG_MAPPING[model_type]())
+    if not hasattr(model, "layers"):
+        return {}, []
+    layer = model.layers[-1]
+    family = type(model).__name__.removesuffix("Model")
+    parts = {name: type(part).__name__.removeprefix(family) for name, part in layer.named_children()}
+    return parts, [name for name, value in vars(layer).items() if isinstance(value, float)]
