@@ -14,7 +14,8 @@ def depth_attention(
 ) -> torch.Tensor:
     r"""
     Attention over depth, separately at each position ([arXiv 2603.15031](https://arxiv.org/abs/2603.15031), section 3):
-    `h = s · Σᵢ αᵢ vᵢ` with `α = softmaxᵢ(q · RMSNorm(vᵢ))`. All of it is computed in float32.
+    `h = s · Σᵢ αᵢ vᵢ` with `α = softmaxᵢ(q · RMSNorm(vᵢ))`. All of it is computed in float32,
+    or in float64 for such sources.
 
     Args:
         query (`torch.Tensor` of shape `(hidden_size,)`): the pseudo-query `q`.
@@ -26,9 +27,10 @@ def depth_attention(
     Returns:
         `torch.Tensor`: `h`, in the sources' shape and dtype.
     """
-    values = torch.stack(sources).float()
-    keys = nn.functional.rms_norm(values, values.shape[-1:], key_norm.float(), eps)
-    weights = (keys @ query.float()).softmax(dim=0)
+    dtype = torch.promote_types(sources[0].dtype, torch.float32)
+    values = torch.stack(sources).to(dtype)
+    keys = nn.functional.rms_norm(values, values.shape[-1:], key_norm.to(dtype), eps)
+    weights = (keys @ query.to(dtype)).softmax(dim=0)
     if scale == "sum":
         # Before the sum: with a zero query each weight is then 1, and `h` the plain sum
         weights = weights * len(sources)

@@ -1,0 +1,162 @@
+import copy
+import pickle
+import re
+
+import pytest
+import torch
+from conftest import FAMILIES, tiny_base_config
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+
+from modeling_attnres import AttnResConfig
+
+
+def round_trips(config, folder):
+    config.save_pretrained(folder)
+    yield AutoConfig.from_pretrained(folder)
+    yield AttnResConfig.from_dict(config.to_dict())
+    yield copy.deepcopy(config)
+    yield pickle.loads(pickle.dumps(config))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_defaults_and_other_names_are_the_base_s(family):
+    base = CONFIG_MAPPING[family]()
+    config = AttnResConfig(base_model_type=family)
+    ours, theirs = config.to_dict(), base.to_dict()
+    added = {"base_model_type", "attn_res_type", "attn_res_block_size", "attn_res_scale", "attn_res_norm_eps"}
+    assert ours.keys() - theirs.keys() == added
+    assert {name for name in theirs if ours[name] != theirs[name]} == {"model_type"}
+    assert config.attribute_map == base.attribute_map
+    assert config.base_model_tp_plan == base.base_model_tp_plan and config.base_model_tp_plan
+    assert config.base_model_pp_plan is None
+    assert config.get_text_config() is config
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_value_of_a_base_field_is_lost(family, tmp_path):
+    """Each field in turn takes a value that is not the base's default."""
+    base_class = CONFIG_MAPPING[family]
+    defaults = base_class().to_dict()
+    changed = {}
+    for name, value in defaults.items():
+        if name.endswith("_token_id"):
+            changed[name] = 7
+        elif name == "tie_word_embeddings" or isinstance(value, bool):
+            changed[name] = not value
+        elif isinstance(value, float):
+            changed[name] = value / 2 + 0.01
+    # `use_sliding_window` decides over other fields
+    changed.pop("use_sliding_window", None)
+    config = AttnResConfig(base_model_type=family, attn_res_type="full", **changed)
+    for other in round_trips(config, tmp_path):
+        for name, value in changed.items():
+            assert getattr(other, name) == value, name
+        of_the_file = {"auto_map", "_name_or_path"}
+        ours, theirs = config.to_dict(), other.to_dict()
+        assert all(theirs[name] == ours[name] for name in ours.keys() | theirs.keys() if name not in of_the_file)
+        assert (other.attn_res_type, other.base_model_type) == ("full", family)
+
+
+def test_a_default_of_transformers_that_is_not_the_base_s_survives(tmp_path, monkeypatch):
+    """`PreTrainedConfig` leaves out of config.json what equals its own default, and the base reads its own back."""
+
+    class OtherDefaultsConfig(CONFIG_MAPPING["llama"]):
+        return_dict: bool | None = None
+        chunk_size_feed_forward: int = 3
+
+    monkeypatch.setitem(CONFIG_MAPPING._extra_content, "llama", OtherDefaultsConfig)
+    config = AttnResConfig(return_dict=True, chunk_size_feed_forward=0)
+    for other in round_trips(config, tmp_path):
+        assert (other.return_dict, other.chunk_size_feed_forward) == (True, 0)
+    assert (PreTrainedConfig().return_dict, AttnResConfig().return_dict) == (True, None)
+
+
+def test_other_fields_and_types_survive(tmp_path):
+    config = AttnResConfig(
+        num_labels=3, dtype="bfloat16", my_field={"a": [1, 2.5, None]}, name_or_path="somewhere", torch_dtype=None
+    )
+    assert config.dtype == torch.bfloat16 and config.num_labels == 3
+    config.vocab_size = 1234
+    for other in round_trips(config, tmp_path):
+        assert (other.dtype, other.num_labels, other.vocab_size) == (torch.bfloat16, 3, 1234)
+        assert other.my_field == {"a": [1, 2.5, None]}
+
+
+def test_legacy_names_of_the_base_are_understood():
+    config = AttnResConfig(rope_theta=12345.0, rope_scaling={"type": "linear", "factor": 2.0})
+    expected = CONFIG_MAPPING["llama"](rope_theta=12345.0, rope_scaling={"type": "linear", "factor": 2.0})
+    assert config.rope_parameters == expected.rope_parameters
+    assert config.rope_parameters["rope_theta"] == 12345.0
+
+
+def test_config_json_is_the_base_s_and_five_fields(tmp_path):
+    base_config = tiny_base_config("qwen2")
+    AttnResConfig.from_base_config(base_config).save_pretrained(tmp_path / "attnres")
+    base_config.save_pretrained(tmp_path / "base")
+    ours = PreTrainedConfig.get_config_dict(tmp_path / "attnres")[0]
+    theirs = PreTrainedConfig.get_config_dict(tmp_path / "base")[0]
+    assert ours.pop("auto_map").keys() == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
+    assert ours.pop("model_type") == "attnres" and ours.pop("base_model_type") == theirs.pop("model_type")
+    assert {name: ours.pop(name) for name in list(ours) if name.startswith("attn_res_")} == {
+        "attn_res_type": "block",
+        "attn_res_block_size": 1,
+        "attn_res_scale": "sum",
+        "attn_res_norm_eps": 1e-6,
+    }
+    assert ours == theirs
+
+
+@pytest.mark.parametrize(
+    "layers, size", [(1, 1), (4, 1), (8, 1), (12, 2), (16, 2), (24, 3), (28, 4), (30, 4), (32, 4), (80, 10)]
+)
+def test_default_block_size_gives_about_eight_blocks(layers, size):
+    assert AttnResConfig(num_hidden_layers=layers).attn_res_block_size == size
+
+
+@pytest.mark.parametrize(
+    "fields, words",
+    [
+        ({"attn_res_block_size": 0}, ["attn_res_block_size", "0", "between 1 and", "num_hidden_layers", "4"]),
+        ({"attn_res_block_size": 5}, ["attn_res_block_size", "5", "between 1 and", "num_hidden_layers", "4"]),
+        ({"attn_res_block_size": "2"}, ["attn_res_block_size", "int", "str"]),
+        ({"attn_res_type": "blocks"}, ["attn_res_type", "'block', 'full'", "blocks"]),
+        ({"attn_res_scale": "max"}, ["attn_res_scale", "'sum', 'mean'", "max"]),
+        ({"attn_res_norm_eps": 0.0}, ["attn_res_norm_eps", "0.0", "greater than 0"]),
+        ({"attn_res_norm_eps": float("nan")}, ["attn_res_norm_eps", "nan", "greater than 0"]),
+        ({"hidden_size": 30}, ["hidden size", "30"]),
+        ({"hidden_size": "wide"}, ["hidden_size", "int", "wide"]),
+        ({"base_model_type": "no_such_model"}, ["base_model_type", "no_such_model", "llama, mistral"]),
+    ],
+)
+def test_impossible_values_are_refused_by_name(fields, words):
+    with pytest.raises(Exception, match="(?s)" + ".*".join(map(re.escape, words))):
+        AttnResConfig(**{"num_hidden_layers": 4, "num_attention_heads": 4, "hidden_size": 32, **fields})
+
+
+def test_impossible_values_are_refused_when_set_or_saved(tmp_path):
+    config = AttnResConfig(num_hidden_layers=4)
+    with pytest.raises(Exception, match="attn_res_type.*nothing"):
+        config.attn_res_type = "nothing"
+    config.num_hidden_layers, config.attn_res_block_size = 2, 3
+    with pytest.raises(Exception, match="attn_res_block_size.*3"):
+        config.save_pretrained(tmp_path / "config")
+    assert not (tmp_path / "config" / "config.json").exists()
+
+
+@pytest.mark.parametrize(
+    "base_model_type, difference",
+    [
+        ("granite", "a factor `residual_multiplier`"),
+        ("olmo", "`input_layernorm` is a LayerNorm, not a RMSNorm"),
+        ("olmo2", "no `input_layernorm`; a `post_feedforward_layernorm`"),
+        ("gemma2", "a `pre_feedforward_layernorm`"),
+        ("cohere", "no `post_attention_layernorm`"),
+        ("mixtral", "`mlp` is a SparseMoeBlock, not a MLP"),
+        ("gpt2", "the model has no `layers`"),
+        ("helium", "has the parts of Llama's"),
+    ],
+)
+def test_unsupported_bases_are_refused_with_the_difference(base_model_type, difference):
+    with pytest.raises(ValueError, match="base_model_type.*does not support.*Supported: llama") as error:
+        AttnResConfig(base_model_type=base_model_type)
+    assert difference in str(error.value)

@@ -1,0 +1,419 @@
+"""Retrofit, verify and revert, as functions, on files."""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import FAMILIES, randomise_depth_attention, tiny_base
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+from attnres_conversion import retrofit, revert, verify
+from modeling_attnres import AttnResForCausalLM, AttnResModel
+
+
+CARD = "---\nlicense: apache-2.0\nlanguage: en\n---\n# A base\n"
+
+
+@pytest.fixture(params=["single", "sharded"])
+def base_folder(request, tmp_path):
+    return save_base(tmp_path / "base", sharded=request.param == "sharded")
+
+
+def save_base(folder, family="llama", sharded=False, dtype=torch.bfloat16, **fields):
+    """A base checkpoint with what checkpoints carry."""
+    tiny_base(family, **fields).to(dtype).save_pretrained(folder, max_shard_size="20KB" if sharded else "1GB")
+    tokenizer = Tokenizer(models.WordLevel({"<unk>": 0, "word": 1}, unk_token="<unk>"))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template="{{ messages }}").save_pretrained(folder)
+    (folder / "README.md").write_text(CARD)
+    (folder / "LICENSE").write_text("the licence")
+    (folder / "pytorch_model.bin").write_bytes(b"a pickle")
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tools.jinja").write_text("{{ tools }}")
+    return folder
+
+
+def file_bytes(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def tensor_hashes(folder):
+    """sha256 over the bytes of each tensor, read by the safetensors library."""
+    hashes = {}
+    for shard in sorted(folder.glob("*.safetensors")):
+        for name, tensor in load_file(shard).items():
+            hashes[name] = hashlib.sha256(tensor.flatten().view(torch.uint8).numpy().tobytes()).hexdigest()
+    return hashes
+
+
+def greedy(model):
+    return model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=10, do_sample=False)
+
+
+@pytest.mark.parametrize("link", [False, True], ids=["copy", "link"])
+def test_base_tensors_are_unchanged_and_everything_else_comes_along(base_folder, link, tmp_path):
+    before = file_bytes(base_folder)
+    output = retrofit(base_folder, tmp_path / "attnres", link=link)
+    assert file_bytes(base_folder) == before, "the source is left alone"
+
+    base_hashes, hashes = tensor_hashes(base_folder), tensor_hashes(output)
+    added = hashes.keys() - base_hashes.keys()
+    assert {name: hashes[name] for name in base_hashes} == base_hashes
+    assert {name.rsplit(".", 1)[1] for name in added} == {"query", "key_norm"}
+    shards = {shard for shard in output.glob("*.safetensors") if added & load_file(shard).keys()}
+    assert [shard.name for shard in shards] == ["model-attnres.safetensors"], "one shard of their own"
+    for name, tensor in load_file(output / "model-attnres.safetensors").items():
+        assert tensor.dtype == torch.bfloat16
+        assert (tensor == (1 if name.endswith("key_norm") else 0)).all()
+    linked = [shard.stat().st_nlink for shard in output.glob("*.safetensors") if shard not in shards]
+    assert set(linked) == ({2} if link else {1})
+
+    index = json.loads((output / "model.safetensors.index.json").read_text())
+    assert index["weight_map"].keys() == hashes.keys()
+    assert all(name in load_file(output / shard) for name, shard in index["weight_map"].items())
+    tensors = [t for shard in output.glob("*.safetensors") for t in load_file(shard).values()]
+    assert index["metadata"]["total_size"] == sum(t.nbytes for t in tensors)
+    assert index["metadata"]["total_parameters"] == sum(t.numel() for t in tensors)
+
+    for name in before.keys() - {"config.json", "README.md", "pytorch_model.bin", "model.safetensors.index.json"}:
+        if not name.endswith(".safetensors"):
+            assert (output / name).read_bytes() == before[name], name
+    assert not (output / "pytorch_model.bin").exists()
+    card = (output / "README.md").read_text()
+    assert "base_model: base" in card and "license: apache-2.0" in card and "# A base" not in card
+
+    base_config, config = (json.loads((folder / "config.json").read_text()) for folder in (base_folder, output))
+    assert config["architectures"] == ["AttnResForCausalLM"]
+    assert config["auto_map"].keys() == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
+    changed = {"model_type", "architectures"}
+    assert {name for name in base_config if config[name] != base_config[name]} == changed
+    assert {name for name in config.keys() - base_config.keys() if not name.startswith("attn_res_")} == {
+        "base_model_type",
+        "auto_map",
+    }
+
+
+@pytest.mark.parametrize("attn_res_type", ["block", "full"])
+def test_from_a_base_to_a_trained_model(base_folder, attn_res_type, tmp_path):
+    """The main job: retrofit, load through the Auto classes, generate, train, save, load."""
+    output = retrofit(base_folder, tmp_path / "attnres", attn_res_type)
+    base = AutoModelForCausalLM.from_pretrained(base_folder)
+    model, info = AutoModelForCausalLM.from_pretrained(output, output_loading_info=True)
+    assert type(model) is AttnResForCausalLM and model.dtype == torch.bfloat16
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert model.config.attn_res_type == attn_res_type and model.lm_head.weight is model.model.embed_tokens.weight
+    assert AutoTokenizer.from_pretrained(output).chat_template["tools"] == "{{ tools }}"
+    assert torch.equal(greedy(model.float()), greedy(base.float()))
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    input_ids = torch.arange(1, 60).view(1, -1)
+    losses = []
+    for _ in range(5):
+        losses.append(model(input_ids, labels=input_ids).loss)
+        losses[-1].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < losses[0] - 0.3
+    model.save_pretrained(tmp_path / "trained")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "trained", dtype=torch.float32)
+    assert all((layer.mlp_res.query != 0).any() for layer in loaded.model.layers)
+    assert torch.equal(greedy(loaded), greedy(model))
+
+
+@pytest.mark.parametrize("link", [False, True], ids=["copy", "link"])
+def test_revert_gives_the_base_back_to_the_byte(base_folder, link, tmp_path):
+    (base_folder / "pytorch_model.bin").unlink()
+    retrofit(base_folder, tmp_path / "attnres", link=link)
+    revert(tmp_path / "attnres", tmp_path / "reverted")
+    assert file_bytes(tmp_path / "reverted") == file_bytes(base_folder)
+
+
+def test_revert_of_a_model_saved_by_transformers(base_folder, tmp_path):
+    """Its shards hold base and AttnRes tensors mixed, and the base's own files are gone."""
+    model = AutoModelForCausalLM.from_pretrained(retrofit(base_folder, tmp_path / "attnres"))
+    model.save_pretrained(tmp_path / "saved", max_shard_size="20KB")
+    revert(tmp_path / "saved", tmp_path / "reverted")
+    assert tensor_hashes(tmp_path / "reverted") == tensor_hashes(base_folder)
+    base, reverted = (AutoModelForCausalLM.from_pretrained(f) for f in (base_folder, tmp_path / "reverted"))
+    assert type(reverted) is type(base) and reverted.config.to_diff_dict() == base.config.to_diff_dict()
+    assert torch.equal(greedy(reverted), greedy(base))
+    assert not list((tmp_path / "reverted").glob("*.py"))
+
+
+def test_revert_refuses_trained_queries_unless_forced(base_folder, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(retrofit(base_folder, tmp_path / "attnres"))
+    with torch.no_grad():
+        model.model.layers[3].mlp_res.key_norm.add_(1)
+    model.save_pretrained(tmp_path / "norm_trained")
+    revert(tmp_path / "norm_trained", tmp_path / "norm_reverted")
+
+    with torch.no_grad():
+        model.model.layers[3].mlp_res.query[7] = 1e-30
+    model.save_pretrained(tmp_path / "trained")
+    with pytest.raises(ValueError, match=r"1 of 10 queries are trained.*model\.layers\.3\.mlp_res\.query.*--force"):
+        revert(tmp_path / "trained", tmp_path / "reverted")
+    assert not (tmp_path / "reverted").exists()
+    revert(tmp_path / "trained", tmp_path / "reverted", force=True)
+    assert tensor_hashes(tmp_path / "reverted") == tensor_hashes(base_folder)
+
+
+def test_verify_passes_a_retrofit_and_fails_another_model(tmp_path):
+    base = save_base(tmp_path / "base")
+    output = retrofit(base, tmp_path / "attnres", attn_res_block_size=2)
+    result = verify(base, output)
+    assert result.passed and result.max_difference < 1e-5 * result.max_logit
+
+    mean = verify(base, retrofit(base, tmp_path / "mean", attn_res_scale="mean"))
+    assert not mean.passed, "the paper's form is no exact retrofit"
+    trained = randomise_depth_attention(AutoModelForCausalLM.from_pretrained(output), scale=0.01)
+    trained.save_pretrained(tmp_path / "trained")
+    assert not verify(base, tmp_path / "trained").passed
+    with torch.no_grad():
+        trained.model.layers[0].mlp_res.query.fill_(float("nan"))
+    trained.save_pretrained(tmp_path / "nan")
+    assert not verify(base, tmp_path / "nan").passed
+
+
+def test_verify_compares_the_structure(tmp_path):
+    base = save_base(tmp_path / "base")
+    output = retrofit(base, tmp_path / "attnres")
+    tensors = load_file(output / "model-attnres.safetensors")
+    tensors["model.stray"] = torch.ones(2)
+    del tensors["model.output_res.query"]
+    save_file(tensors, output / "model-attnres.safetensors", metadata={"format": "pt"})
+    index = json.loads((output / "model.safetensors.index.json").read_text())
+    del index["weight_map"]["model.output_res.query"]
+    index["weight_map"]["model.stray"] = "model-attnres.safetensors"
+    (output / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="output_res.query is missing; model.stray is not expected"):
+        verify(base, output)
+    with pytest.raises(ValueError, match="is not AttnRes"):
+        verify(base, base)
+    with pytest.raises(ValueError, match="type 'llama'.*type 'qwen3'"):
+        verify(save_base(tmp_path / "qwen3", "qwen3"), output)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_family(family, tmp_path):
+    base = save_base(tmp_path / "base", family, dtype=torch.float32)
+    output = retrofit(base, tmp_path / "attnres", attn_res_block_size=2)
+    assert verify(base, output).passed
+    revert(output, tmp_path / "reverted")
+    assert tensor_hashes(tmp_path / "reverted") == tensor_hashes(base)
+
+
+def test_a_decoder_without_a_head(tmp_path):
+    base = tiny_base("llama").model
+    base.save_pretrained(tmp_path / "base")
+    output = retrofit(tmp_path / "base", tmp_path / "attnres")
+    model, info = AttnResModel.from_pretrained(output, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    input_ids = torch.arange(9)[None]
+    expected = base(input_ids).last_hidden_state
+    torch.testing.assert_close(model(input_ids).last_hidden_state, expected, rtol=0, atol=1e-5)
+    revert(output, tmp_path / "reverted")
+    assert file_bytes(tmp_path / "reverted") == file_bytes(tmp_path / "base")
+
+
+def test_a_quantised_base_keeps_its_tensors_and_its_quantization_config(tmp_path):
+    """As a quantiser leaves a checkpoint: int8 weights with scales beside them, norms in float."""
+    folder = save_base(tmp_path / "base", dtype=torch.float16)
+    tensors = load_file(folder / "model.safetensors")
+    for name in [name for name in tensors if name.endswith("proj.weight")]:
+        tensors[f"{name}_scale"] = tensors[name].abs().amax(1, keepdim=True) / 127
+        tensors[name] = (tensors[name] / tensors[f"{name}_scale"]).round().to(torch.int8)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "compressed-tensors", "format": "int-quantized"}
+    (folder / "config.json").write_text(json.dumps(config))
+
+    output = retrofit(folder, tmp_path / "attnres")
+    hashes = tensor_hashes(output)
+    assert {name: hashes[name] for name in tensors} == tensor_hashes(folder)
+    assert json.loads((output / "config.json").read_text())["quantization_config"] == config["quantization_config"]
+    assert {t.dtype for t in load_file(output / "model-attnres.safetensors").values()} == {torch.float16}
+    revert(output, tmp_path / "reverted")
+    assert tensor_hashes(tmp_path / "reverted") == tensor_hashes(folder)
+
+
+def spoil_config(folder, **fields):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **fields}))
+
+
+def truncate(folder):
+    shard = sorted(folder.glob("model*.safetensors"))[0]
+    os.truncate(shard, shard.stat().st_size - 10)
+
+
+def cut_header(folder):
+    os.truncate(sorted(folder.glob("model*.safetensors"))[0], 100)
+
+
+def empty_config(folder):
+    (folder / "config.json").write_text("{}")
+
+
+def broken_config(folder):
+    (folder / "config.json").write_text('{"model_type": ')
+
+
+def only_pickles(folder):
+    for file in folder.glob("model*"):
+        file.unlink()
+
+
+def other_weights(folder):
+    save_file({"weight": torch.ones(2)}, folder / "model.safetensors")
+
+
+ALL = ["single", "sharded"]
+DAMAGE = {
+    "no config": (lambda f: (f / "config.json").unlink(), FileNotFoundError, "has no config.json"),
+    "empty config": (empty_config, ValueError, "has no `model_type`"),
+    "broken config": (broken_config, ValueError, "config.json is not valid JSON"),
+    "no safetensors": (only_pickles, FileNotFoundError, "save_pretrained"),
+    "truncated shard": (truncate, ValueError, "truncated or not a safetensors file"),
+    "cut header": (cut_header, ValueError, "truncated or not a safetensors file"),
+    "already AttnRes": (
+        lambda f: spoil_config(f, model_type="attnres"),
+        ValueError,
+        "is an AttnRes checkpoint already",
+    ),
+    "unsupported": (lambda f: spoil_config(f, model_type="gemma2"), ValueError, "a `pre_feedforward_layernorm`"),
+    "other head": (
+        lambda f: spoil_config(f, architectures=["LlamaForSequenceClassification"]),
+        ValueError,
+        "only a causal language model",
+    ),
+    "other weights": (other_weights, ValueError, "no tensor 'model.norm.weight'"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_bad_source_is_refused_and_nothing_written(base_folder, damage, tmp_path):
+    spoil, error, message = DAMAGE[damage]
+    spoil(base_folder)
+    before = file_bytes(base_folder)
+    with pytest.raises(error, match=message):
+        retrofit(base_folder, tmp_path / "attnres")
+    assert file_bytes(base_folder) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
+
+
+def test_an_index_has_to_fit_its_shards(tmp_path):
+    folder = save_base(tmp_path / "base", sharded=True)
+    index_file = folder / "model.safetensors.index.json"
+    index = json.loads(index_file.read_text())
+    shards = sorted(set(index["weight_map"].values()))
+    moved = {**index["weight_map"], "model.norm.weight": shards[0]}
+    index_file.write_text(json.dumps({**index, "weight_map": moved}))
+    with pytest.raises(ValueError, match=f"'model.norm.weight' in {shards[0]}"):
+        retrofit(folder, tmp_path / "attnres")
+    index_file.write_text(json.dumps({**index, "weight_map": {"a": "../outside.safetensors"}}))
+    with pytest.raises(FileNotFoundError, match="names the shard '../outside.safetensors'"):
+        retrofit(folder, tmp_path / "attnres")
+    index_file.write_text(json.dumps(index))
+    (folder / shards[1]).unlink()
+    with pytest.raises(FileNotFoundError, match=f"names the shard '{shards[1]}'"):
+        retrofit(folder, tmp_path / "attnres")
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
+
+
+def test_the_output_has_to_be_new_or_empty(tmp_path):
+    folder = save_base(tmp_path / "base")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "something").write_text("")
+    (tmp_path / "file").write_text("")
+    for name in ("full", "file", "base"):
+        with pytest.raises(FileExistsError, match=f"{name} exists already and is not an empty folder"):
+            retrofit(folder, tmp_path / name)
+    with pytest.raises(ValueError, match="lies in the source"):
+        retrofit(folder, folder / "attnres")
+    (tmp_path / "empty").mkdir()
+    assert retrofit(folder, tmp_path / "empty") == tmp_path / "empty"
+    assert retrofit(folder, tmp_path / "deeper" / "down").is_dir()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "deeper", "empty", "file", "full"]
+
+
+def test_what_is_neither_a_folder_nor_a_hub_id(tmp_path):
+    for source in ("./no/such/folder", str(tmp_path / "nothing"), "a/b/c"):
+        with pytest.raises(FileNotFoundError, match="neither a local folder nor a Hub id"):
+            retrofit(source, tmp_path / "attnres")
+    with pytest.raises(ValueError, match="`revision` is 'main'"):
+        retrofit(save_base(tmp_path / "base"), tmp_path / "attnres", revision="main")
+
+
+def test_a_failure_half_way_leaves_nothing(tmp_path, monkeypatch):
+    """As if the disk were full when the new tensors are written, after the base's shards."""
+    folder = save_base(tmp_path / "base", sharded=True)
+
+    def fail(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("safetensors.torch.save_file", fail)
+        with pytest.raises(OSError, match="No space left"):
+            retrofit(folder, tmp_path / "attnres")
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
+    assert verify(folder, retrofit(folder, tmp_path / "attnres")).passed
+
+
+MEASURE = """
+import resource, sys
+idle = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+from attnres_conversion import retrofit
+retrofit(sys.argv[1], sys.argv[2])
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - idle)
+"""
+
+
+def test_two_gigabytes_are_converted_in_little_memory(tmp_path):
+    folder = tmp_path / "base"
+    tiny_base("llama", num_hidden_layers=4).save_pretrained(folder)
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    # The decoder stays tiny; what makes the checkpoint large is a random tensor in each of four shards
+    weight_map = dict.fromkeys(tensors, "model-00001-of-00004.safetensors")
+    for number in range(1, 5):
+        noise = torch.randint(-128, 128, (512 * 2**20,), dtype=torch.int8)
+        shard = {f"noise.{number}": noise, **(tensors if number == 1 else {})}
+        name = f"model-0000{number}-of-00004.safetensors"
+        save_file(shard, folder / name, metadata={"format": "pt"})
+        weight_map[f"noise.{number}"] = name
+        del noise, shard
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+    process = subprocess.run(
+        [sys.executable, "-c", MEASURE, folder, tmp_path / "attnres"], capture_output=True, text=True, check=True
+    )
+    kilobytes = int(process.stdout)
+    assert kilobytes < 500 * 1024, f"{kilobytes / 1024:.0f} MB"
+    for number in range(1, 5):
+        name = f"model-0000{number}-of-00004.safetensors"
+        digests = []
+        for path in (folder, tmp_path / "attnres"):
+            with (path / name).open("rb") as file:
+                digests.append(hashlib.file_digest(file, "sha256").hexdigest())
+        assert digests[0] == digests[1]
+    with safe_open(tmp_path / "attnres" / "model-attnres.safetensors", "pt") as file:
+        assert len(file.keys()) == 2 * 8
+    shutil.rmtree(tmp_path / "attnres")
+    shutil.rmtree(folder)
+
+
+def test_a_retrofit_depends_on_nothing_but_its_source(tmp_path):
+    """The same input and options give the same bytes."""
+    folder = save_base(tmp_path / "base", sharded=True)
+    first, second = retrofit(folder, tmp_path / "first"), retrofit(folder, tmp_path / "second")
+    assert file_bytes(first) == file_bytes(second)
+    assert not any(str(tmp_path).encode() in content for content in file_bytes(first).values())
+    assert all(Path(name).name != ".git" for name in file_bytes(first))

@@ -1,0 +1,61 @@
+"""The examples run as a user runs them, with little to do."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM
+
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def run(script, *arguments):
+    process = subprocess.run(
+        [sys.executable, EXAMPLES / script, *map(str, arguments)], capture_output=True, text=True, check=False
+    )
+    assert process.returncode == 0, process.stderr
+    return process.stdout
+
+
+def texts(folder, real_text):
+    files = [folder / f"{number}.txt" for number in range(12)]
+    for file in files:
+        file.write_text(real_text)
+    return files
+
+
+def test_quickstart(smollm2_folder, real_text, tmp_path):
+    files = texts(tmp_path, real_text)
+    (tmp_path / "base").symlink_to(smollm2_folder)
+    output = run("quickstart.py", "--folder", tmp_path, "--steps", 2, "--files", *files)
+    assert "The base's answer is the same" in output
+    before, after = (float(word) for word in output.split("held-out text: ")[1].split()[:3:2])
+    assert after < before
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "trained")
+    assert model.config.model_type == "attnres"
+    assert all((layer.mlp_res.query != 0).any() for layer in model.model.layers)
+
+
+def test_a_base_from_scratch_retrofitted_trained_on_and_generating(real_text, tmp_path):
+    from attnres_conversion import retrofit
+
+    files = texts(tmp_path, real_text)
+    small = ("--hidden-size", 64, "--layers", 3, "--vocab-size", 400)
+    output = run("train_base.py", tmp_path / "base", "--files", *files, "--steps", 8, *small)
+    assert "million parameters" in output
+    before, after = (float(word) for word in output.split("held-out text: ")[1].split()[:3:2])
+    assert after < before - 0.2
+
+    retrofit(tmp_path / "base", tmp_path / "attnres")
+    arguments = ("--files", *files, "--steps", 2)
+    output = run("continue_training.py", tmp_path / "attnres", tmp_path / "trained", *arguments)
+    continued = float(output.split("held-out text: ")[1].split()[0])
+    assert abs(continued - after) < 2e-3, "a retrofit starts where its base left off"
+    assert json.loads((tmp_path / "trained" / "config.json").read_text())["model_type"] == "attnres"
+
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path / "trained")
+    assert run("generate.py", tmp_path / "trained", "import", "--max-new-tokens", 5).strip()
+    assert expected.dtype == torch.float32

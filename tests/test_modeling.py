@@ -1,0 +1,295 @@
+"""What a Hugging Face causal language model does, AttnRes does: against the base at zero queries, or against itself
+with trained ones where the two ways have to agree."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from conftest import TINY, attnres_of, randomise_depth_attention, tiny_base
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, StaticCache
+
+from modeling_attnres import AttnResConfig, AttnResForCausalLM, AttnResModel, DepthAttention
+
+
+BLOCK, FULL = {"attn_res_block_size": 2}, {"attn_res_type": "full"}
+both_types = pytest.mark.parametrize("attn_res", [BLOCK, FULL], ids=["block", "full"])
+
+
+@pytest.fixture
+def base():
+    return tiny_base("llama")
+
+
+def trained(base, **attn_res):
+    return randomise_depth_attention(attnres_of(base, **attn_res))
+
+
+def test_importing_the_package_registers_the_auto_classes(base):
+    config = AutoConfig.for_model("attnres", **TINY)
+    assert type(config) is AttnResConfig
+    assert type(AutoModel.from_config(config)) is AttnResModel
+    assert type(AutoModelForCausalLM.from_config(config)) is AttnResForCausalLM
+
+
+@both_types
+def test_depth_attention_stands_where_it_is_said_to_and_nowhere_else(base, attn_res):
+    names = {name for name, module in attnres_of(base, **attn_res).named_modules() if type(module) is DepthAttention}
+    layers = range(TINY["num_hidden_layers"])
+    assert names == {
+        "model.output_res",
+        *(f"model.layers.{i}.mlp_res" for i in layers),
+        *(f"model.layers.{i}.self_attention_res" for i in layers if i > 0),
+    }
+
+
+def test_a_base_checkpoint_loads_as_it_is(base, tmp_path, tokens):
+    base.save_pretrained(tmp_path)
+    config = AttnResConfig.from_base_config(base.config, **BLOCK)
+    model, info = AttnResForCausalLM.from_pretrained(tmp_path, config=config, output_loading_info=True)
+    assert not info["unexpected_keys"] and not info["mismatched_keys"]
+    assert {key.rsplit(".", 2)[1] for key in info["missing_keys"]} == {"self_attention_res", "mlp_res", "output_res"}
+    torch.testing.assert_close(model(**tokens).logits, base(**tokens).logits, rtol=0, atol=1e-5)
+
+
+def test_initialisation_is_the_base_s_and_queries_are_zero(base):
+    """From scratch: same seed, same weights; the AttnRes tensors draw no random numbers."""
+    torch.manual_seed(3)
+    expected = AutoModelForCausalLM.from_config(base.config).state_dict()
+    torch.manual_seed(3)
+    actual = AutoModelForCausalLM.from_config(AttnResConfig.from_base_config(base.config)).state_dict()
+    for name, tensor in actual.items():
+        if name.endswith(".query"):
+            assert (tensor == 0).all()
+        elif name.endswith(".key_norm"):
+            assert (tensor == 1).all()
+        else:
+            assert torch.equal(tensor, expected[name]), name
+
+
+def test_missing_weights_are_initialised_as_in_the_base(base, tmp_path):
+    """Loaded with a part missing: base tensors get the base's initialisation, AttnRes tensors theirs."""
+    model = trained(base, **BLOCK)
+    kept = {n: t for n, t in model.state_dict().items() if "layers.2." not in n and n != "lm_head.weight"}
+    model.save_pretrained(tmp_path, state_dict=kept)
+    loaded, info = AttnResForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    layer = loaded.model.layers[2]
+    assert info["missing_keys"] and 0.01 < layer.self_attn.q_proj.weight.std() < 0.03
+    assert (layer.input_layernorm.weight == 1).all()
+    assert (layer.mlp_res.query == 0).all() and (layer.mlp_res.key_norm == 1).all()
+    assert (loaded.model.layers[1].mlp_res.query != 0).any()
+
+
+@both_types
+def test_save_and_load(base, attn_res, tmp_path, tokens):
+    model = trained(base, **attn_res)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(loaded) is AttnResForCausalLM and loaded.model.embed_tokens.weight is loaded.lm_head.weight
+    torch.testing.assert_close(loaded(**tokens).logits, model(**tokens).logits, rtol=0, atol=1e-5)
+    headless, expected = AutoModel.from_pretrained(tmp_path), model.model(**tokens).last_hidden_state
+    torch.testing.assert_close(headless(**tokens).last_hidden_state, expected, rtol=0, atol=1e-5)
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(copied(**tokens).logits, model(**tokens).logits)
+
+
+@both_types
+@torch.no_grad()
+def test_generation_does_not_depend_on_the_cache(base, attn_res, tokens):
+    model = trained(base, **attn_res)
+    arguments = dict(**tokens, max_new_tokens=12, do_sample=False)
+    expected = model.generate(**arguments, use_cache=False)
+    assert torch.equal(model.generate(**arguments), expected)
+    assert torch.equal(model.generate(**arguments, cache_implementation="static"), expected)
+    beams = model.generate(**arguments, num_beams=3)
+    assert torch.equal(beams, model.generate(**arguments, num_beams=3, use_cache=False))
+
+
+@torch.no_grad()
+def test_static_cache_by_hand(base, tokens):
+    model = trained(base, **BLOCK)
+    cache = StaticCache(config=model.config, max_cache_len=32)
+    input_ids = tokens["input_ids"][2:]
+    parts = [model(part, past_key_values=cache).logits for part in input_ids.split(6, dim=1)]
+    torch.testing.assert_close(torch.cat(parts, 1), model(input_ids).logits, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_padding_does_not_matter(base, tokens):
+    model = trained(base, **BLOCK)
+    padded = model(**tokens).logits
+    for row, mask, logits in zip(tokens["input_ids"], tokens["attention_mask"].bool(), padded):
+        positions = torch.arange(len(row) - mask.sum(), len(row))[None]
+        alone = model(row[mask][None], position_ids=positions).logits[0]
+        torch.testing.assert_close(logits[mask], alone, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_embeddings_in_place_of_tokens(base, tokens):
+    model = trained(base, **BLOCK)
+    embeddings = model.get_input_embeddings()(tokens["input_ids"])
+    mask = tokens["attention_mask"]
+    assert torch.equal(model(inputs_embeds=embeddings, attention_mask=mask).logits, model(**tokens).logits)
+    for inputs in ({}, {"input_ids": tokens["input_ids"], "inputs_embeds": embeddings}):
+        with pytest.raises(ValueError, match="exactly one of input_ids or inputs_embeds"):
+            model(**inputs)
+
+
+@torch.no_grad()
+def test_losses_are_the_base_s(base, tokens):
+    model = attnres_of(base, **BLOCK)
+    labels = tokens["input_ids"].masked_fill(tokens["attention_mask"] == 0, -100)
+    shifted = nn.functional.pad(labels, (0, 1), value=-100)[:, 1:].contiguous()
+    arguments = [
+        {"labels": labels},
+        {"labels": labels, "num_items_in_batch": torch.tensor(100)},
+        {"labels": labels, "shift_labels": shifted},
+        {"labels": labels, "shift_labels": shifted, "num_items_in_batch": 7},
+    ]
+    for kwargs in arguments:
+        expected = base(**tokens, **kwargs).loss
+        torch.testing.assert_close(model(**tokens, **kwargs).loss, expected, rtol=0, atol=1e-6)
+    # `labels` alone and `shift_labels` alone are the same loss
+    loss = model(**tokens, shift_labels=shifted).loss
+    torch.testing.assert_close(loss, base(**tokens, labels=labels).loss, rtol=0, atol=1e-6)
+
+
+@torch.no_grad()
+def test_logits_to_keep(base, tokens):
+    model = trained(base, **BLOCK)
+    logits = model(**tokens).logits
+    kept = torch.tensor([1, 5, 16])
+    torch.testing.assert_close(model(**tokens, logits_to_keep=3).logits, logits[:, -3:])
+    torch.testing.assert_close(model(**tokens, logits_to_keep=kept).logits, logits[:, kept])
+
+
+@torch.no_grad()
+def test_tuples_in_place_of_outputs(base, tokens):
+    model = trained(base, **BLOCK)
+    output = model(**tokens, labels=tokens["input_ids"], output_hidden_states=True, use_cache=True)
+    as_tuple = model(**tokens, labels=tokens["input_ids"], output_hidden_states=True, use_cache=True, return_dict=False)
+    assert isinstance(as_tuple, tuple) and len(as_tuple) == len(output) == 4
+    assert torch.equal(as_tuple[0], output.loss) and torch.equal(as_tuple[1], output.logits)
+    assert isinstance(model.model(**tokens, return_dict=False), tuple)
+
+
+@both_types
+@pytest.mark.parametrize("layers", [1, 5])
+@torch.no_grad()
+def test_hidden_states_are_what_each_layer_s_attention_was_given(attn_res, layers, tokens):
+    base = tiny_base("llama", num_hidden_layers=layers)
+    attn_res = FULL if attn_res is FULL else {"attn_res_block_size": min(2, layers)}
+    # At zero queries they are the base's own
+    expected = base(**tokens, output_hidden_states=True).hidden_states
+    actual = attnres_of(base, **attn_res)(**tokens, output_hidden_states=True).hidden_states
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
+
+    model = trained(base, **attn_res)
+    given = []
+    for layer in model.model.layers:
+        layer.input_layernorm.register_forward_pre_hook(lambda module, args: given.append(args[0]))
+    output = model.model(**tokens, output_hidden_states=True)
+    assert len(output.hidden_states) == layers + 1
+    assert all(torch.equal(state, g) for state, g in zip(output.hidden_states, given))
+    assert torch.equal(output.hidden_states[-1], output.last_hidden_state)
+
+
+@torch.no_grad()
+def test_attentions_are_the_base_s_also_with_two_bases_in_one_process(tokens):
+    bases = [tiny_base(family, attn_implementation="eager") for family in ("llama", "qwen3")]
+    for base, model in [(base, attnres_of(base, **BLOCK)) for base in bases]:
+        model.set_attn_implementation("eager")
+        expected = base(**tokens, output_attentions=True).attentions
+        actual = model(**tokens, output_attentions=True).attentions
+        assert len(actual) == TINY["num_hidden_layers"]
+        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            model(**tokens, output_hidden_states=True).hidden_states,
+            base(**tokens, output_hidden_states=True).hidden_states,
+            rtol=0,
+            atol=1e-5,
+        )
+
+
+@torch.no_grad()
+def test_attention_implementations_agree(base, tokens, tmp_path):
+    model = trained(base, **BLOCK)
+    model.save_pretrained(tmp_path)
+    real = tokens["attention_mask"].bool()
+    expected = model(**tokens).logits[real]
+    assert model.config._attn_implementation == "sdpa"
+    for implementation in ("eager", "flex_attention"):
+        other = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation=implementation)
+        assert other.model.layers[0].self_attn.config._attn_implementation == implementation
+        torch.testing.assert_close(other(**tokens).logits[real], expected, rtol=0, atol=1e-5)
+    with pytest.raises(ImportError, match="(?i)flash"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="flash_attention_2")
+
+
+def gradients(model, tokens):
+    model.zero_grad()
+    model(**tokens, labels=tokens["input_ids"]).loss.backward()
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+@both_types
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_gradient_checkpointing_changes_no_gradient(base, attn_res, use_reentrant, tokens):
+    model = trained(base, **attn_res).train()
+    expected = gradients(model, tokens)
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    calls = []
+    hook = model.model.layers[3].mlp.register_forward_pre_hook(lambda *args: calls.append(1))
+    actual = gradients(model, tokens)
+    hook.remove()
+    assert len(calls) == 2, "the layer is run again in the backward pass"
+    assert actual.keys() == expected.keys()
+    for name in expected:
+        torch.testing.assert_close(actual[name], expected[name], msg=name)
+
+
+@both_types
+def test_base_gradients_are_the_base_s_and_queries_learn_from_the_first_step(base, attn_res, tokens):
+    model = attnres_of(base, **attn_res)
+    expected, actual = gradients(base, tokens), gradients(model, tokens)
+    for name, gradient in actual.items():
+        if name in expected:
+            torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-5, msg=name)
+        elif name.endswith(".query"):
+            assert gradient.norm() > 0, name
+
+
+@torch.no_grad()
+def test_embeddings_can_be_resized(base, tokens):
+    model = trained(base, **BLOCK)
+    logits = model(**tokens).logits
+    model.resize_token_embeddings(120, mean_resizing=False)
+    resized = model(**tokens).logits
+    assert resized.shape[-1] == model.config.vocab_size == model.lm_head.out_features == 120
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    torch.testing.assert_close(resized[..., :99], logits)
+
+
+def test_parallel_plan_is_the_base_s(base):
+    """A tied head has an entry for the embedding in it too."""
+    model = attnres_of(base, **BLOCK)
+    assert model.tp_plan == base.tp_plan and model.tp_plan["model.embed_tokens"]
+    assert not model.pp_plan, "several tensors travel between layers, a pipeline carries one"
+    assert model._no_split_modules == {"AttnResDecoderLayer"}
+
+
+@both_types
+@torch.no_grad()
+def test_float64_retrofit_is_exact_to_float64(base, attn_res, tokens):
+    base.double()
+    difference = attnres_of(base, **attn_res)(**tokens).logits - base(**tokens).logits
+    assert difference.abs().max() < 1e-13
+
+
+@both_types
+def test_compiles_without_a_graph_break(base, attn_res, tokens):
+    model = trained(base, **attn_res)
+    expected = model(**tokens).logits
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(**tokens).logits, expected, rtol=0, atol=1e-5)

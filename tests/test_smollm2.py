@@ -1,0 +1,66 @@
+"""A real pretrained Llama, SmolLM2-135M-Instruct, on 1,024 tokens of real text."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from attnres_conversion import retrofit, verify
+
+
+@pytest.fixture(scope="module")
+def input_ids(smollm2_folder, real_text):
+    return AutoTokenizer.from_pretrained(smollm2_folder)(real_text, return_tensors="pt").input_ids[:, :1024]
+
+
+@pytest.fixture(scope="module", params=["block", "full"])
+def attnres_folder(request, smollm2_folder, tmp_path_factory):
+    return retrofit(smollm2_folder, tmp_path_factory.mktemp(request.param) / "attnres", request.param, link=True)
+
+
+def logits(folder, input_ids, dtype):
+    with torch.no_grad():
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)(input_ids).logits.float()
+
+
+@pytest.fixture(scope="module")
+def base_logits(smollm2_folder, input_ids):
+    assert input_ids.shape == (1, 1024)
+    return {dtype: logits(smollm2_folder, input_ids, dtype) for dtype in (torch.float32, torch.bfloat16)}
+
+
+def test_float32_logits_are_the_base_s(attnres_folder, base_logits, input_ids):
+    expected = base_logits[torch.float32]
+    difference = (logits(attnres_folder, input_ids, torch.float32) - expected).abs().max()
+    assert expected.abs().max() > 20
+    assert difference < 1e-5 * expected.abs().max()
+
+
+def test_bfloat16_is_as_near_to_float32_as_the_base_s(attnres_folder, base_logits, input_ids):
+    exact = base_logits[torch.float32]
+    error = (logits(attnres_folder, input_ids, torch.bfloat16) - exact).abs().mean()
+    base_error = (base_logits[torch.bfloat16] - exact).abs().mean()
+    assert error <= 1.1 * base_error
+
+
+def test_verify_passes(attnres_folder, smollm2_folder):
+    assert verify(smollm2_folder, attnres_folder).passed
+
+
+def test_it_answers_as_the_base_does(attnres_folder, smollm2_folder):
+    from generate import generate
+
+    tokenizer = AutoTokenizer.from_pretrained(attnres_folder)
+    arguments = {"prompt": "What is the capital of France?", "max_new_tokens": 16, "show": False, "do_sample": False}
+    answers = [
+        generate(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), tokenizer, **arguments)
+        for folder in (smollm2_folder, attnres_folder)
+    ]
+    assert answers[0] == answers[1] and "Paris" in answers[0]
+
+
+def test_every_query_gets_a_gradient_in_the_first_step(attnres_folder, input_ids):
+    model = AutoModelForCausalLM.from_pretrained(attnres_folder, dtype=torch.float32)
+    model(input_ids[:, :256], labels=input_ids[:, :256]).loss.backward()
+    queries = {name: parameter for name, parameter in model.named_parameters() if name.endswith(".query")}
+    assert len(queries) == 2 * 30 - 1 + 1
+    assert all(query.grad.norm() > 0 and query.grad.isfinite().all() for query in queries.values())
