@@ -72,7 +72,8 @@ def test_phi3_changes_to_its_long_rope_as_its_base_does():
     base = tiny_base("phi3", rope_parameters=rope, original_max_position_embeddings=20, sliding_window=None)
     model = attnres_of(base, attn_res_block_size=2)
     prompt = torch.randint(1, 99, (2, 16), generator=torch.Generator().manual_seed(0))
-    expected = base.generate(prompt, max_new_tokens=12, do_sample=False)
+    # Without a cache: some versions of the base lose tokens when they renew theirs
+    expected = base.generate(prompt, max_new_tokens=12, do_sample=False, use_cache=False)
     assert torch.equal(model.generate(prompt, max_new_tokens=12, do_sample=False), expected)
 
 
