@@ -119,21 +119,22 @@ def _plan(base: Checkpoint, attn_res: dict[str, Any]) -> tuple["AttnResConfig", 
     config = AttnResConfig.from_dict({**base.config, **attn_res})
 
     base_architecture = (base.config.get("architectures") or ["ForCausalLM"])[0]
-    kind = re.search(r"ForCausalLM$|Model$", base_architecture)
+    kind = re.search(r"(ForCausalLM|ForSequenceClassification|ForTokenClassification|Model)$", base_architecture)
     if kind is None:
         raise ValueError(
-            f"`architectures` of {base.folder / CONFIG} names {base_architecture}, but only a causal language model "
-            "(…ForCausalLM) or a decoder without a head (…Model) can be retrofitted."
+            f"`architectures` of {base.folder / CONFIG} names {base_architecture}, but only a causal language model, a "
+            "sequence or token classifier and a decoder without a head (…Model) can be retrofitted."
         )
     architecture = f"AttnRes{kind[0]}"
-    norm = "model.norm.weight" if architecture == "AttnResForCausalLM" else "norm.weight"
-    if norm not in base.tensors:
-        raise ValueError(f"{base.folder} holds no tensor {norm!r}: these are not the weights of a {base_architecture}.")
-    # A norm is never quantised
+    embedding = "embed_tokens.weight" if kind[0] == "Model" else "model.embed_tokens.weight"
+    if embedding not in base.tensors:
+        raise ValueError(
+            f"{base.folder} holds no tensor {embedding!r}: these are not the weights of a {base_architecture}."
+        )
     dtypes = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
-    dtype = dtypes.get(base.tensors[norm].dtype)
+    dtype = dtypes.get(base.tensors[embedding].dtype)
     if dtype is None:
-        raise ValueError(f"The tensor {norm!r} of {base.folder} is {base.tensors[norm].dtype}, not a float type.")
+        raise ValueError(f"The tensor {embedding!r} of {base.folder} is {base.tensors[embedding].dtype}, not a float.")
 
     config_json = {
         **base.config,

@@ -100,11 +100,11 @@ def _write_base_weights(checkpoint: Checkpoint, attn_res: set[str], folder: Path
 
 def _base_config_json(config_json: dict[str, Any], architecture: str) -> dict[str, Any]:
     """config.json of the base of a checkpoint that was saved by transformers and so lacks the base's own files."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     from modeling_attnres.configuration_attnres import ATTN_RES_FIELDS
 
     base_model_type = config_json["base_model_type"]
-    names = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if architecture.endswith("ForCausalLM") else MODEL_MAPPING_NAMES
+    family = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[base_model_type].removesuffix("ForCausalLM")
     kept = {name: value for name, value in config_json.items() if name not in ATTN_RES_FIELDS and name != "auto_map"}
-    return {**kept, "model_type": base_model_type, "architectures": [names[base_model_type]]}
+    return {**kept, "model_type": base_model_type, "architectures": [architecture.replace("AttnRes", family)]}

@@ -32,8 +32,9 @@ class Verification:
 
 def verify(base: str | Path, attnres: str | Path) -> Verification:
     r"""
-    Compares an AttnRes checkpoint with its base: first the tensors by name, dtype and shape, then the logits in float32
-    on token sequences of several lengths, one by one and as one left-padded batch. One model is in memory at a time.
+    Compares an AttnRes checkpoint with its base: first the tensors by name, dtype and shape, then the logits (or, if it
+    is no causal language model, the decoder's output) in float32 on token sequences of several lengths, one by one and
+    as one left-padded batch. One model is in memory at a time.
 
     Args:
         base (`str` or `Path`): folder or Hub id of the base checkpoint.
@@ -87,17 +88,19 @@ def _compare_structure(base: Checkpoint, attnres: Checkpoint) -> None:
 
 def _logits(checkpoint: Checkpoint) -> list["torch.Tensor"]:
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModel, AutoModelForCausalLM
 
     import modeling_attnres  # noqa: F401  registers the model type
 
-    model = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=torch.float32).eval()
+    architecture = (checkpoint.config.get("architectures") or ["ForCausalLM"])[0]
+    auto_class = AutoModelForCausalLM if architecture.endswith("ForCausalLM") else AutoModel
+    model = auto_class.from_pretrained(checkpoint.folder, dtype=torch.float32).eval()
     generator = torch.Generator().manual_seed(0)
     longest = min(max(LENGTHS), model.config.max_position_embeddings)
     tokens = torch.randint(model.config.vocab_size, (len(LENGTHS), longest), generator=generator)
     mask = torch.stack([torch.arange(longest) >= longest - length for length in LENGTHS])
     with torch.no_grad():
-        alone = [model(tokens[i : i + 1, -length:]).logits for i, length in enumerate(LENGTHS)]
-        padded = model(tokens, attention_mask=mask.long()).logits
+        alone = [model(tokens[i : i + 1, -length:])[0] for i, length in enumerate(LENGTHS)]
+        padded = model(tokens, attention_mask=mask.long())[0]
     # Logits at padding are of no meaning
     return [*alone, padded[mask]]

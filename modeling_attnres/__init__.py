@@ -1,20 +1,40 @@
 # Copyright 2026 The modeling_attnres authors. Licensed under the Apache License, Version 2.0.
 """Attention Residuals for transformers. Importing this registers the classes with the Auto classes."""
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
 
 from .configuration_attnres import AttnResConfig
 from .depth_attention import DepthAttention, depth_attention
-from .modeling_attnres import AttnResForCausalLM, AttnResModel, AttnResPreTrainedModel
+from .modeling_attnres import (
+    AttnResForCausalLM,
+    AttnResForQuestionAnswering,
+    AttnResForSequenceClassification,
+    AttnResForTokenClassification,
+    AttnResModel,
+    AttnResPreTrainedModel,
+)
 
 
 AutoConfig.register("attnres", AttnResConfig)
 AutoModel.register(AttnResConfig, AttnResModel)
 AutoModelForCausalLM.register(AttnResConfig, AttnResForCausalLM)
+AutoModelForQuestionAnswering.register(AttnResConfig, AttnResForQuestionAnswering)
+AutoModelForSequenceClassification.register(AttnResConfig, AttnResForSequenceClassification)
+AutoModelForTokenClassification.register(AttnResConfig, AttnResForTokenClassification)
 
 __all__ = [
     "AttnResConfig",
     "AttnResForCausalLM",
+    "AttnResForQuestionAnswering",
+    "AttnResForSequenceClassification",
+    "AttnResForTokenClassification",
     "AttnResModel",
     "AttnResPreTrainedModel",
     "DepthAttention",

@@ -8,14 +8,42 @@ from huggingface_hub.dataclasses import strict
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 
-# Bases whose decoder layer is Llama's: two pre-norm sublayers, each added to the residual stream.
-SUPPORTED_BASE_MODEL_TYPES = ("llama", "mistral", "phi3", "qwen2", "qwen3", "seed_oss", "smollm3")
+# Bases whose decoder layer has two pre-norm sublayers, each added to the residual stream.
+SUPPORTED_BASE_MODEL_TYPES = (
+    "deepseek_v3",
+    "dots1",
+    "ernie4_5",
+    "glm4_moe",
+    "gpt_oss",
+    "granite",
+    "granitemoe",
+    "helium",
+    "kimi_linear",
+    "llama",
+    "mistral",
+    "mixtral",
+    "nemotron",
+    "olmo",
+    "olmoe",
+    "phi3",
+    "qwen2",
+    "qwen2_moe",
+    "qwen3",
+    "qwen3_moe",
+    "qwen3_next",
+    "seed_oss",
+    "smollm3",
+    "starcoder2",
+)
 
 # Where the Auto classes find the code that travels with a checkpoint (`trust_remote_code=True`).
 AUTO_MAP = {
     "AutoConfig": "configuration_attnres.AttnResConfig",
     "AutoModel": "modeling_attnres.AttnResModel",
     "AutoModelForCausalLM": "modeling_attnres.AttnResForCausalLM",
+    "AutoModelForQuestionAnswering": "modeling_attnres.AttnResForQuestionAnswering",
+    "AutoModelForSequenceClassification": "modeling_attnres.AttnResForSequenceClassification",
+    "AutoModelForTokenClassification": "modeling_attnres.AttnResForTokenClassification",
 }
 
 ATTN_RES_FIELDS = (
@@ -176,28 +204,20 @@ def _unsupported_base_message(base_model_type: str) -> str:
 
 def _decoder_layer_differences(base_model_type: str) -> list[str]:
     """The parts in which the last decoder layer of a model differs from Llama's."""
-    llama, _ = _decoder_layer_parts("llama")
-    parts, factors = _decoder_layer_parts(base_model_type)
+    llama, parts = _decoder_layer_parts("llama"), _decoder_layer_parts(base_model_type)
     if not parts:
         return ["the model has no `layers`"]
     differences = [f"no `{name}`" for name in llama if name not in parts]
-    differences += [f"a `{name}` ({kind})" for name, kind in parts.items() if name not in llama]
-    differences += [
-        f"`{name}` is a {parts[name]}, not a {kind}" for name, kind in llama.items() if parts.get(name, kind) != kind
-    ]
-    return differences + [f"a factor `{name}`" for name in factors]
+    return differences + [f"a `{name}` ({kind})" for name, kind in parts.items() if name not in llama]
 
 
-def _decoder_layer_parts(model_type: str) -> tuple[dict[str, str], list[str]]:
-    """The sub-modules of a decoder layer by name, with the kind of each, and the names of its scalar factors."""
+def _decoder_layer_parts(model_type: str) -> dict[str, str]:
+    """The names of the last decoder layer's modules and of their classes."""
     import torch
     from transformers import AutoModel
 
     with torch.device("meta"):
         model = AutoModel.from_config(CONFIG_MAPPING[model_type]())
     if not hasattr(model, "layers"):
-        return {}, []
-    layer = model.layers[-1]
-    family = type(model).__name__.removesuffix("Model")
-    parts = {name: type(part).__name__.removeprefix(family) for name, part in layer.named_children()}
-    return parts, [name for name, value in vars(layer).items() if isinstance(value, float)]
+        return {}
+    return {name: type(part).__name__ for name, part in model.layers[-1].named_children()}

@@ -3,13 +3,28 @@
 
 import torch
 from torch import nn
-from transformers import CONFIG_MAPPING, MODEL_MAPPING, Cache, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_MAPPING,
+    AutoModel,
+    Cache,
+    DynamicCache,
+    GenerationMixin,
+    PreTrainedModel,
+)
 from transformers import initialization as init
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.masking_utils import create_masks_for_generate
-from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_layers import (
+    GenericForQuestionAnswering,
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+    GradientCheckpointingLayer,
+)
+from transformers.modeling_outputs import CausalLMOutputWithPast, MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils import TransformersKwargs
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
@@ -17,13 +32,20 @@ from .configuration_attnres import AttnResConfig
 from .depth_attention import DepthAttention
 
 
-try:
-    from transformers.modeling_utils import slice_logits_to_keep
-except ImportError:  # older versions of transformers slice by an int or a 1D tensor alone
-
-    def slice_logits_to_keep(hidden_states, logits_to_keep):
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        return hidden_states[:, kept]
+# What a base's class says of its attention, cache and weights holds for its AttnRes model
+BASE_MODEL_FLAGS = (
+    "_can_compile_fullgraph",
+    "_compatible_flash_implementations",
+    "_is_stateful",
+    "_keep_in_fp32_modules",
+    "_keep_in_fp32_modules_strict",
+    "_keys_to_ignore_on_load_unexpected",
+    "_supports_attention_backend",
+    "_supports_flash_attn",
+    "_supports_flex_attn",
+    "_supports_sdpa",
+)
+ROUTER_NAMES = ("mlp.gate", "mlp.router", "block_sparse_moe.router")
 
 
 class AttnResDecoderLayer(GradientCheckpointingLayer):
@@ -41,10 +63,13 @@ class AttnResDecoderLayer(GradientCheckpointingLayer):
         super().__init__()
         self.is_full = config.attn_res_type == "full"
         self.opens_block = self.is_full or layer_idx % config.attn_res_block_size == 0
-        # Phi3 alone drops out what a sublayer puts out
-        self.resid_attn_dropout = self.resid_mlp_dropout = nn.Identity()
         for name, module in base_layer.named_children():
             setattr(self, name, module)
+        # Where families differ: names, a factor or a dropout on what a sublayer puts out, the cache's name
+        self.attention_name = "self_attn" if hasattr(self, "self_attn") else "linear_attn"
+        self.mlp_name = "mlp" if hasattr(self, "mlp") else "block_sparse_moe"
+        self.residual_multiplier = getattr(base_layer, "residual_multiplier", 1.0)
+        self.is_linear_attention = getattr(base_layer, "block_type", None) == "linear_attention"
         # The first sublayer of the model has one source, the embedding: nothing to attend over
         self.self_attention_res = DepthAttention(config) if layer_idx > 0 else None
         self.mlp_res = DepthAttention(config)
@@ -60,13 +85,26 @@ class AttnResDecoderLayer(GradientCheckpointingLayer):
         Returns:
             `tuple[torch.Tensor, ...]`: the sources for the next layer.
         """
-        hidden_states = sources[0] if self.self_attention_res is None else self.self_attention_res(*sources)
-        hidden_states, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
-        sources = add_source(sources, self.resid_attn_dropout(hidden_states), opens=self.opens_block)
+        if self.is_linear_attention:
+            kwargs["cache_params"] = kwargs.pop("past_key_values")
 
-        hidden_states = self.mlp_res(*sources)
-        hidden_states = self.mlp(self.post_attention_layernorm(hidden_states))
-        return add_source(sources, self.resid_mlp_dropout(hidden_states), opens=self.is_full)
+        hidden_states = sources[0] if self.self_attention_res is None else self.self_attention_res(*sources)
+        hidden_states = self.input_layernorm(hidden_states)
+        output = getattr(self, self.attention_name)(hidden_states=hidden_states, **kwargs)
+        output = self.sublayer_output(output, "resid_attn_dropout")
+        sources = add_source(sources, output, opens=self.opens_block)
+
+        hidden_states = self.post_attention_layernorm(self.mlp_res(*sources))
+        output = self.sublayer_output(getattr(self, self.mlp_name)(hidden_states), "resid_mlp_dropout")
+        return add_source(sources, output, opens=self.is_full)
+
+    def sublayer_output(self, output: torch.Tensor | tuple, dropout_name: str) -> torch.Tensor:
+        """What a base adds to the residual stream. Attention weights or router scores may stand beside it."""
+        if isinstance(output, tuple):
+            output = output[0]
+        if hasattr(self, dropout_name):
+            output = getattr(self, dropout_name)(output)
+        return output if self.residual_multiplier == 1.0 else output * self.residual_multiplier
 
 
 def add_source(sources: tuple[torch.Tensor, ...], output: torch.Tensor, opens: bool) -> tuple[torch.Tensor, ...]:
@@ -80,11 +118,6 @@ class AttnResPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["AttnResDecoderLayer"]
     _skip_keys_device_placement = ["past_key_values"]
-    _supports_flash_attn = True
-    _supports_sdpa = True
-    _supports_flex_attn = True
-    _can_compile_fullgraph = True
-    _supports_attention_backend = True
     _can_record_outputs = {
         # What each layer's attention was given. The first of these modules brings the embedding too, as its first
         # argument; what the last one gives is replaced by the final norm's output.
@@ -92,9 +125,33 @@ class AttnResPreTrainedModel(PreTrainedModel):
             OutputRecorder(DepthAttention, layer_name="self_attention_res"),
             OutputRecorder(DepthAttention, layer_name="output_res"),
         ],
-        # By name: the attention's class is the base's
+        # By name, since the classes are the bases'
         "attentions": "self_attn",
+        "router_logits": [OutputRecorder(None, index=0, class_name=name) for name in ROUTER_NAMES],
     }
+
+    def __init__(self, config: AttnResConfig, *args, **kwargs):
+        base_class = MODEL_MAPPING[CONFIG_MAPPING[config.base_model_type]]
+        for name in BASE_MODEL_FLAGS:
+            if hasattr(base_class, name):
+                setattr(self, name, getattr(base_class, name))
+        super().__init__(config, *args, **kwargs)
+        self.use_base_checkpoint_layout()
+        # Some heads make their decoder by `AutoModel`. Loaded as remote code from a folder, a configuration's class is not
+        # the one imported above, since transformers imports that file once by itself and once with this one.
+        AutoModel.register(type(config), AttnResModel, exist_ok=True)
+
+    def use_base_checkpoint_layout(self):
+        """
+        Some bases keep their weights otherwise on disk than in memory, for instance each expert by itself. transformers
+        looks up how under the `model_type`, which is one for all bases: so it is set anew before each load and save.
+        """
+        mapping = get_checkpoint_conversion_mapping(self.config.base_model_type) or []
+        register_checkpoint_conversion_mapping(self.config.model_type, mapping, overwrite=True)
+
+    def save_pretrained(self, *args, **kwargs):
+        self.use_base_checkpoint_layout()
+        return super().save_pretrained(*args, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
@@ -125,6 +182,8 @@ class AttnResModel(AttnResPreTrainedModel):
         for name, module in list(base.named_children()):
             setattr(self, name, module)
             delattr(base, name)
+        self.embedding_multiplier = getattr(base, "embedding_multiplier", 1.0)
+        self.embedding_dropout = nn.Dropout(getattr(base, "embedding_dropout", 0.0))
         # What is left of the base model knows how to initialise its modules
         self.init_base_weights = base._init_weights
         self.layers = nn.ModuleList(
@@ -145,7 +204,7 @@ class AttnResModel(AttnResPreTrainedModel):
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> BaseModelOutputWithPast:
+    ) -> MoeModelOutputWithPast:
         r"""
         Args:
             input_ids (`torch.LongTensor` of shape `(batch, sequence)`, *optional*): token ids.
@@ -157,14 +216,16 @@ class AttnResModel(AttnResPreTrainedModel):
             use_cache (`bool`, *optional*): whether to return a cache.
 
         Returns:
-            [`BaseModelOutputWithPast`]: on request with `hidden_states` (what each layer's attention was given, then
-            the final norm's output) and `attentions`.
+            [`MoeModelOutputWithPast`]: on request with `hidden_states` (what each layer's attention was given, then
+            the final norm's output), `attentions` and `router_logits`.
         """
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
 
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
+        if self.embedding_multiplier != 1.0:
+            inputs_embeds = inputs_embeds * self.embedding_multiplier
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         if position_ids is None:
@@ -178,21 +239,21 @@ class AttnResModel(AttnResPreTrainedModel):
             masks = create_masks_for_generate(
                 self.config, inputs_embeds, attention_mask, past_key_values, position_ids=position_ids
             )
-        position_embeddings = self.rotary_emb(inputs_embeds, position_ids=position_ids)
+        if hasattr(self, "rotary_emb"):
+            kwargs["position_embeddings"] = self.rotary_emb(inputs_embeds, position_ids=position_ids)
 
-        sources = (inputs_embeds,)
+        sources = (self.embedding_dropout(inputs_embeds),)
         for layer_idx, decoder_layer in enumerate(self.layers[: self.config.num_hidden_layers]):
             sources = decoder_layer(
                 *sources,
                 attention_mask=masks[self.config.layer_types[layer_idx]] if isinstance(masks, dict) else masks,
-                position_embeddings=position_embeddings,
                 position_ids=position_ids,
                 past_key_values=past_key_values,
                 use_cache=use_cache,
                 **kwargs,
             )
 
-        return BaseModelOutputWithPast(
+        return MoeModelOutputWithPast(
             last_hidden_state=self.norm(self.output_res(*sources)), past_key_values=past_key_values
         )
 
@@ -222,10 +283,13 @@ class AttnResForCausalLM(AttnResPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = AttnResModel(config)
         self.vocab_size = config.vocab_size
+        # What the head of a mixture of experts reads
+        self.num_experts = getattr(config, "num_experts", getattr(config, "num_local_experts", None))
+        self.num_experts_per_tok = getattr(config, "num_experts_per_tok", None)
+        self.router_aux_loss_coef = getattr(config, "router_aux_loss_coef", None)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
-    @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -237,7 +301,7 @@ class AttnResForCausalLM(AttnResPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> CausalLMOutputWithPast:
+    ) -> CausalLMOutputWithPast | MoeCausalLMOutputWithPast:
         r"""
         Takes what [`AttnResModel.forward`] takes, and:
 
@@ -249,29 +313,23 @@ class AttnResForCausalLM(AttnResPreTrainedModel, GenerationMixin):
             kwargs: `shift_labels` (`labels` already shifted) and `num_items_in_batch` reach the loss.
 
         Returns:
-            [`CausalLMOutputWithPast`]
+            [`CausalLMOutputWithPast`], or [`MoeCausalLMOutputWithPast`] where the base is a mixture of experts.
         """
-        outputs: BaseModelOutputWithPast = self.model(
+        if labels is None:
+            labels = kwargs.get("shift_labels")
+        # Logits, loss and auxiliary loss are the base's own: its head's forward is called on this model
+        base_class = MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[self.config.base_model_type]]
+        return base_class.forward(
+            self,
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
+            labels=labels,
             use_cache=use_cache,
+            logits_to_keep=logits_to_keep,
             **kwargs,
-        )
-        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
-
-        loss = None
-        if labels is not None or kwargs.get("shift_labels") is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-
-        return CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
         )
 
     def prepare_inputs_for_generation(
@@ -289,4 +347,23 @@ class AttnResForCausalLM(AttnResPreTrainedModel, GenerationMixin):
         return super().prepare_inputs_for_generation(input_ids, past_key_values=past_key_values, **kwargs)
 
 
-__all__ = ["AttnResForCausalLM", "AttnResModel", "AttnResPreTrainedModel"]
+class AttnResForSequenceClassification(GenericForSequenceClassification, AttnResPreTrainedModel):
+    _auto_class = "AutoModelForSequenceClassification"
+
+
+class AttnResForTokenClassification(GenericForTokenClassification, AttnResPreTrainedModel):
+    _auto_class = "AutoModelForTokenClassification"
+
+
+class AttnResForQuestionAnswering(GenericForQuestionAnswering, AttnResPreTrainedModel):
+    _auto_class = "AutoModelForQuestionAnswering"
+
+
+__all__ = [
+    "AttnResForCausalLM",
+    "AttnResForQuestionAnswering",
+    "AttnResForSequenceClassification",
+    "AttnResForTokenClassification",
+    "AttnResModel",
+    "AttnResPreTrainedModel",
+]

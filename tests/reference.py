@@ -30,21 +30,28 @@ def reference_logits(base, attnres, input_ids):
     `blocks` holds the embedding and the finished blocks, `partial` the running sum, as in the paper's listing.
     """
     config, decoder = attnres.config, base.model
-    hidden_states = decoder.embed_tokens(input_ids)
-    positions = torch.arange(input_ids.shape[1])[None]
-    position_embeddings = decoder.rotary_emb(hidden_states, positions)
+    hidden_states = decoder.embed_tokens(input_ids) * getattr(decoder, "embedding_multiplier", 1.0)
+    positions = {"position_ids": torch.arange(input_ids.shape[1])[None]}
+    if hasattr(decoder, "rotary_emb"):
+        positions["position_embeddings"] = decoder.rotary_emb(hidden_states, positions["position_ids"])
+
+    def sublayer(layer, output):
+        output = output[0] if isinstance(output, tuple) else output
+        return output * getattr(layer, "residual_multiplier", 1.0)
 
     def attention(layer_idx, hidden_states):
         layer = decoder.layers[layer_idx]
-        return layer.self_attn(
-            layer.input_layernorm(hidden_states),
-            position_embeddings=position_embeddings,
-            attention_mask=causal_mask(config, layer_idx, input_ids.shape[1]),
-        )[0]
+        hidden_states = layer.input_layernorm(hidden_states)
+        if getattr(layer, "block_type", None) == "linear_attention":
+            mixer = layer.linear_attn if hasattr(layer, "linear_attn") else layer.self_attn
+            return sublayer(layer, mixer(hidden_states))
+        mask = causal_mask(config, layer_idx, input_ids.shape[1])
+        return sublayer(layer, layer.self_attn(hidden_states, attention_mask=mask, **positions))
 
     def mlp(layer_idx, hidden_states):
         layer = decoder.layers[layer_idx]
-        return layer.mlp(layer.post_attention_layernorm(hidden_states))
+        mixer = layer.mlp if hasattr(layer, "mlp") else layer.block_sparse_moe
+        return sublayer(layer, mixer(layer.post_attention_layernorm(hidden_states)))
 
     res = attnres.model
     if config.attn_res_type == "full":
@@ -69,4 +76,5 @@ def reference_logits(base, attnres, input_ids):
             hidden_states = depth_attend(res.layers[i].mlp_res, [*blocks, partial], config.attn_res_scale)
             partial = partial + mlp(i, hidden_states)
         sources = [*blocks, partial]
-    return base.lm_head(decoder.norm(depth_attend(res.output_res, sources, config.attn_res_scale)))
+    hidden_states = decoder.norm(depth_attend(res.output_res, sources, config.attn_res_scale))
+    return base.lm_head(hidden_states) / getattr(config, "logits_scaling", 1.0)

@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from conftest import FAMILIES, tiny_base_config
+from conftest import AUTO_CLASSES, FAMILIES, tiny_base_config
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from modeling_attnres import AttnResConfig
@@ -27,7 +27,8 @@ def test_defaults_and_other_names_are_the_base_s(family):
     assert ours.keys() - theirs.keys() == added
     assert {name for name in theirs if ours[name] != theirs[name]} == {"model_type"}
     assert config.attribute_map == base.attribute_map
-    assert config.base_model_tp_plan == base.base_model_tp_plan and config.base_model_tp_plan
+    assert config.base_model_tp_plan == base.base_model_tp_plan
+    assert config.base_model_ep_plan == base.base_model_ep_plan
     assert config.base_model_pp_plan is None
     assert config.get_text_config() is config
 
@@ -95,7 +96,7 @@ def test_config_json_is_the_base_s_and_five_fields(tmp_path):
     base_config.save_pretrained(tmp_path / "base")
     ours = PreTrainedConfig.get_config_dict(tmp_path / "attnres")[0]
     theirs = PreTrainedConfig.get_config_dict(tmp_path / "base")[0]
-    assert ours.pop("auto_map").keys() == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
+    assert ours.pop("auto_map").keys() == AUTO_CLASSES
     assert ours.pop("model_type") == "attnres" and ours.pop("base_model_type") == theirs.pop("model_type")
     assert {name: ours.pop(name) for name in list(ours) if name.startswith("attn_res_")} == {
         "attn_res_type": "block",
@@ -146,17 +147,17 @@ def test_impossible_values_are_refused_when_set_or_saved(tmp_path):
 @pytest.mark.parametrize(
     "base_model_type, difference",
     [
-        ("granite", "a factor `residual_multiplier`"),
-        ("olmo", "`input_layernorm` is a LayerNorm, not a RMSNorm"),
+        # Post-norm, sandwich norms, parallel sublayers
         ("olmo2", "no `input_layernorm`; a `post_feedforward_layernorm`"),
         ("gemma2", "a `pre_feedforward_layernorm`"),
+        ("gemma3_text", "a `pre_feedforward_layernorm`"),
         ("cohere", "no `post_attention_layernorm`"),
-        ("mixtral", "`mlp` is a SparseMoeBlock, not a MLP"),
+        ("gpt_neox", "no `self_attn`"),
         ("gpt2", "the model has no `layers`"),
-        ("helium", "has the parts of Llama's"),
+        ("phimoe", "has the parts of Llama's"),
     ],
 )
 def test_unsupported_bases_are_refused_with_the_difference(base_model_type, difference):
-    with pytest.raises(ValueError, match="base_model_type.*does not support.*Supported: llama") as error:
+    with pytest.raises(ValueError, match="base_model_type.*does not support.*Supported: deepseek_v3") as error:
         AttnResConfig(base_model_type=base_model_type)
     assert difference in str(error.value)

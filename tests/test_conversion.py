@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FAMILIES, randomise_depth_attention, tiny_base
+from conftest import AUTO_CLASSES, FAMILIES, randomise_depth_attention, tiny_base
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
@@ -92,7 +92,7 @@ def test_base_tensors_are_unchanged_and_everything_else_comes_along(base_folder,
 
     base_config, config = (json.loads((folder / "config.json").read_text()) for folder in (base_folder, output))
     assert config["architectures"] == ["AttnResForCausalLM"]
-    assert config["auto_map"].keys() == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
+    assert config["auto_map"].keys() == AUTO_CLASSES
     changed = {"model_type", "architectures"}
     assert {name for name in base_config if config[name] != base_config[name]} == changed
     assert {name for name in config.keys() - base_config.keys() if not name.startswith("attn_res_")} == {
@@ -219,6 +219,7 @@ def test_a_decoder_without_a_head(tmp_path):
     input_ids = torch.arange(9)[None]
     expected = base(input_ids).last_hidden_state
     torch.testing.assert_close(model(input_ids).last_hidden_state, expected, rtol=0, atol=1e-5)
+    assert verify(tmp_path / "base", output).passed
     revert(output, tmp_path / "reverted")
     assert file_bytes(tmp_path / "reverted") == file_bytes(tmp_path / "base")
 
@@ -290,11 +291,11 @@ DAMAGE = {
     ),
     "unsupported": (lambda f: spoil_config(f, model_type="gemma2"), ValueError, "a `pre_feedforward_layernorm`"),
     "other head": (
-        lambda f: spoil_config(f, architectures=["LlamaForSequenceClassification"]),
+        lambda f: spoil_config(f, architectures=["LlamaForQuestionAnswering"]),
         ValueError,
         "only a causal language model",
     ),
-    "other weights": (other_weights, ValueError, "no tensor 'model.norm.weight'"),
+    "other weights": (other_weights, ValueError, "no tensor 'model.embed_tokens.weight'"),
 }
 
 

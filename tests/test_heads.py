@@ -1,0 +1,96 @@
+"""Classifiers and question answering: the base's numbers at zero queries, by the Auto classes and by remote code."""
+
+import pytest
+import torch
+from conftest import TINY, attnres_of, tiny_base_config
+from test_conversion import tensor_hashes
+from test_remote_code import run_isolated
+from transformers import (
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
+
+from attnres_conversion import retrofit, revert, verify
+from modeling_attnres import AttnResConfig
+
+
+HEADS = {
+    "ForSequenceClassification": AutoModelForSequenceClassification,
+    "ForTokenClassification": AutoModelForTokenClassification,
+    "ForQuestionAnswering": AutoModelForQuestionAnswering,
+}
+each_head = pytest.mark.parametrize("head", HEADS)
+
+
+def base_with_head(head, family="llama"):
+    torch.manual_seed(0)
+    base = HEADS[head].from_config(tiny_base_config(family, num_labels=3)).eval()
+    with torch.no_grad():
+        for parameter in base.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return base
+
+
+@each_head
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_outputs_and_gradients_are_the_base_s(head, family, tokens):
+    base = base_with_head(head, family)
+    model = HEADS[head].from_config(AttnResConfig.from_base_config(base.config, attn_res_block_size=2)).eval()
+    assert type(model).__name__ == f"AttnRes{head}"
+    # The base's question answering calls its decoder `transformer`
+    weights = {name.replace("transformer.", "model."): tensor for name, tensor in base.state_dict().items()}
+    missing, unexpected = model.load_state_dict(weights, strict=False)
+    assert not unexpected and all(name.endswith((".query", ".key_norm")) for name in missing)
+
+    labels = {
+        "ForSequenceClassification": {"labels": torch.tensor([0, 2, 1])},
+        "ForTokenClassification": {"labels": tokens["input_ids"] % 3},
+        "ForQuestionAnswering": {"start_positions": torch.tensor([12] * 3), "end_positions": torch.tensor([14] * 3)},
+    }[head]
+    expected, actual = base(**tokens, **labels), model(**tokens, **labels)
+    torch.testing.assert_close(actual.loss, expected.loss, rtol=0, atol=1e-5)
+    real = tokens["attention_mask"].bool()
+    for name in expected.keys() & {"logits", "start_logits", "end_logits"}:
+        pairs = (actual[name], expected[name]) if head == "ForSequenceClassification" else (actual[name][real],)
+        torch.testing.assert_close(pairs[0], pairs[1] if len(pairs) > 1 else expected[name][real], rtol=0, atol=1e-5)
+    actual.loss.backward()
+    assert all(layer.mlp_res.query.grad.norm() > 0 for layer in model.model.layers)
+
+
+@pytest.mark.parametrize("head", ["ForSequenceClassification", "ForTokenClassification"])
+def test_classifiers_can_be_retrofitted_and_loaded_without_the_package(head, tmp_path, tokens):
+    base = base_with_head(head)
+    base.save_pretrained(tmp_path / "base")
+    output = retrofit(tmp_path / "base", tmp_path / "attnres", attn_res_block_size=2)
+    assert verify(tmp_path / "base", output).passed
+    model = HEADS[head].from_pretrained(output)
+    assert type(model).__name__ == f"AttnRes{head}" and model.config.num_labels == 3
+
+    script = f"""
+from transformers import AutoModel{head}
+model = AutoModel{head}.from_pretrained(folder, trust_remote_code=True)
+assert "transformers_modules" in type(model).__module__ and type(model).__name__ == "AttnRes{head}"
+with torch.no_grad():
+    save_file({{"logits": model(data["input_ids"]).logits}}, work + "/out.safetensors")
+"""
+    result = run_isolated(script, output, tmp_path)
+    with torch.no_grad():
+        expected = base(torch.arange(1, 15)[None]).logits
+    torch.testing.assert_close(result["logits"], expected, rtol=0, atol=1e-5)
+
+    model.save_pretrained(tmp_path / "saved")
+    revert(tmp_path / "saved", tmp_path / "reverted")
+    assert tensor_hashes(tmp_path / "reverted") == tensor_hashes(tmp_path / "base")
+    assert type(HEADS[head].from_pretrained(tmp_path / "reverted")) is type(base)
+
+
+def test_a_language_model_becomes_a_classifier(tmp_path):
+    """A reward model starts from a language model's weights, with a new head."""
+    from conftest import tiny_base
+
+    model = attnres_of(tiny_base("llama"), attn_res_block_size=2)
+    model.save_pretrained(tmp_path)
+    reward, info = AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=1, output_loading_info=True)
+    assert set(info["missing_keys"]) == {"score.weight"}
+    assert reward.score.weight.shape == (1, TINY["hidden_size"]) and 0 < reward.score.weight.std() < 0.05
