@@ -137,8 +137,8 @@ class AttnResPreTrainedModel(PreTrainedModel):
                 setattr(self, name, getattr(base_class, name))
         super().__init__(config, *args, **kwargs)
         self.use_base_checkpoint_layout()
-        # Some heads make their decoder by `AutoModel`. Loaded as remote code from a folder, a configuration's class is not
-        # the one imported above, since transformers imports that file once by itself and once with this one.
+        # Some heads make their decoder by `AutoModel`. The class of a configuration that came as remote code from a
+        # folder is not the one imported above: transformers imports that file once by itself and once with this one.
         AutoModel.register(type(config), AttnResModel, exist_ok=True)
 
     def use_base_checkpoint_layout(self):

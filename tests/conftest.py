@@ -1,3 +1,5 @@
+import contextlib
+import importlib
 import os
 import sys
 from pathlib import Path
@@ -12,12 +14,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # fla is here for its reference operator. Linear-attention models would take its CUDA kernels too, on a CPU, so they
 # are imported as if it were not installed, and take their own PyTorch path.
 sys.modules["fla"] = None
-import transformers.models.kimi_linear.modeling_kimi_linear  # noqa: F401
-import transformers.models.qwen3_next.modeling_qwen3_next  # noqa: F401
-
-
+for family in ("kimi_linear", "qwen3_next"):
+    with contextlib.suppress(ModuleNotFoundError):  # an older transformers
+        importlib.import_module(f"transformers.models.{family}.modeling_{family}")
 del sys.modules["fla"]
 
+import families
 import pytest
 import torch
 from filelock import FileLock
@@ -39,65 +41,8 @@ TINY = {
     # Longest generation for every prompt
     "eos_token_id": None,
 }
-LLAMA3_ROPE = {
-    "rope_type": "llama3",
-    "rope_theta": 500000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
-EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
-# DeepSeek's router picks groups of experts, then experts; the first layer is dense
-GROUPED = {**EXPERTS, "n_routed_experts": 8, "n_shared_experts": 1, "n_group": 2, "topk_group": 1}
-LATENT = {"kv_lora_rank": 16, "q_lora_rank": 24, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 8}
-LINEAR = ["linear_attention", "full_attention", "linear_attention", "linear_attention", "full_attention"]
-MULTIPLIERS = {
-    "embedding_multiplier": 6.0,
-    "residual_multiplier": 0.4,
-    "attention_multiplier": 0.2,
-    "logits_scaling": 3.0,
-}
-# What makes each family more than a Llama with another name
-FAMILIES = {
-    "llama": {"rope_parameters": LLAMA3_ROPE, "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
-    "mistral": {"sliding_window": 7},
-    "phi3": {"sliding_window": 9},
-    "qwen2": {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 2},
-    "qwen3": {"head_dim": 16},
-    "seed_oss": {"head_dim": 8},
-    "smollm3": {"no_rope_layer_interval": 2},
-    "ernie4_5": {"head_dim": 8, "use_bias": True},
-    "granite": MULTIPLIERS,
-    "helium": {"head_dim": 8},
-    "nemotron": {"norm_eps": 1e-5},
-    "olmo": {"clip_qkv": 2.0},
-    "starcoder2": {"sliding_window": 8},
-    "deepseek_v3": {**GROUPED, **LATENT, "num_key_value_heads": 4, "first_k_dense_replace": 1},
-    "dots1": {**GROUPED, "first_k_dense_replace": 1, "sliding_window": 6, "max_window_layers": 2},
-    "glm4_moe": {**GROUPED, "head_dim": 8, "first_k_dense_replace": 1, "use_qk_norm": True},
-    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8, "sliding_window": 6},
-    "granitemoe": {**MULTIPLIERS, "num_local_experts": 4, "num_experts_per_tok": 2},
-    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8},
-    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
-    "qwen2_moe": {**EXPERTS, "num_experts": 4, "shared_expert_intermediate_size": 24, "mlp_only_layers": [1]},
-    "qwen3_moe": {**EXPERTS, "num_experts": 4, "head_dim": 8, "mlp_only_layers": [1]},
-    "kimi_linear": {
-        **{**EXPERTS, **LATENT, "q_lora_rank": None, "num_local_experts": 4, "num_key_value_heads": 4},
-        **{"layer_types": LINEAR, "linear_head_dim": 8, "linear_num_heads": 4},
-    },
-    "qwen3_next": {
-        **{**EXPERTS, "num_experts": 4, "shared_expert_intermediate_size": 24, "head_dim": 8, "layer_types": LINEAR},
-        **{
-            "linear_key_head_dim": 8,
-            "linear_value_head_dim": 8,
-            "linear_num_key_heads": 2,
-            "linear_num_value_heads": 4,
-        },
-    },
-}
 # An older transformers lacks the newest
-FAMILIES = {family: fields for family, fields in FAMILIES.items() if family in CONFIG_MAPPING}
+FAMILIES = {family: fields for family, fields in families.FAMILIES.items() if family in CONFIG_MAPPING}
 MIXTURES = [family for family, fields in FAMILIES.items() if "num_experts_per_tok" in fields]
 
 
