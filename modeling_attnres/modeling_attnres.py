@@ -45,7 +45,6 @@ BASE_MODEL_FLAGS = (
     "_supports_flex_attn",
     "_supports_sdpa",
 )
-ROUTER_NAMES = ("mlp.gate", "mlp.router", "block_sparse_moe.router")
 
 
 class AttnResDecoderLayer(GradientCheckpointingLayer):
@@ -125,9 +124,10 @@ class AttnResPreTrainedModel(PreTrainedModel):
             OutputRecorder(DepthAttention, layer_name="self_attention_res"),
             OutputRecorder(DepthAttention, layer_name="output_res"),
         ],
-        # By name, since the classes are the bases'
+        # By name, since the class is the base's
         "attentions": "self_attn",
-        "router_logits": [OutputRecorder(None, index=0, class_name=name) for name in ROUTER_NAMES],
+        # As each base does it that comes along
+        "router_logits": [],
     }
 
     def __init__(self, config: AttnResConfig, *args, **kwargs):
@@ -135,6 +135,9 @@ class AttnResPreTrainedModel(PreTrainedModel):
         for name in BASE_MODEL_FLAGS:
             if hasattr(base_class, name):
                 setattr(self, name, getattr(base_class, name))
+        router_recorder = (base_class._can_record_outputs or {}).get("router_logits")
+        if router_recorder is not None and router_recorder not in self._can_record_outputs["router_logits"]:
+            self._can_record_outputs["router_logits"].append(router_recorder)
         super().__init__(config, *args, **kwargs)
         self.use_base_checkpoint_layout()
         # Some heads make their decoder by `AutoModel`. The class of a configuration that came as remote code from a
