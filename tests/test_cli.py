@@ -12,8 +12,8 @@ from test_conversion import file_bytes, save_base
 ENVIRONMENT = {**os.environ, "COLUMNS": "100", "NO_COLOR": "1", "TERM": "dumb"}
 
 
-def attnres(*arguments):
-    return subprocess.run(["attnres", *map(str, arguments)], capture_output=True, text=True, env=ENVIRONMENT)
+def attnres(*arguments, environment=ENVIRONMENT):
+    return subprocess.run(["attnres", *map(str, arguments)], capture_output=True, text=True, env=environment)
 
 
 def test_there_and_back(tmp_path):

@@ -287,6 +287,20 @@ def test_float64_retrofit_is_exact_to_float64(base, attn_res, tokens):
     assert difference.abs().max() < 1e-13
 
 
+@torch.no_grad()
+def test_weights_can_stay_on_disk(base, tokens, tmp_path):
+    """accelerate's hooks bring a module's parameters for the time of its forward, and depth attention uses no other's."""
+    model = trained(base, **BLOCK)
+    model.save_pretrained(tmp_path / "saved", max_shard_size="30KB")
+    on_disk = {f"model.layers.{i}": "disk" for i in range(TINY["num_hidden_layers"])}
+    device_map = {**dict.fromkeys(["model", "lm_head"], "cpu"), **on_disk, "model.output_res": "disk"}
+    loaded = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "saved", device_map=device_map, offload_folder=tmp_path / "offload"
+    )
+    assert loaded.model.layers[2].mlp_res.query.is_meta and loaded.model.output_res.query.is_meta
+    torch.testing.assert_close(loaded(**tokens).logits, model(**tokens).logits, rtol=0, atol=1e-5)
+
+
 @both_types
 def test_compiles_without_a_graph_break(base, attn_res, tokens):
     model = trained(base, **attn_res)
