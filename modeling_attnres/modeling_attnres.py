@@ -140,9 +140,6 @@ class AttnResPreTrainedModel(PreTrainedModel):
             self._can_record_outputs["router_logits"].append(router_recorder)
         super().__init__(config, *args, **kwargs)
         self.use_base_checkpoint_layout()
-        # Some heads make their decoder by `AutoModel`. The class of a configuration that came as remote code from a
-        # folder is not the one imported above: transformers imports that file once by itself and once with this one.
-        AutoModel.register(type(config), AttnResModel, exist_ok=True)
 
     def use_base_checkpoint_layout(self):
         """
@@ -338,27 +335,34 @@ class AttnResForCausalLM(AttnResPreTrainedModel, GenerationMixin):
     def prepare_inputs_for_generation(
         self, input_ids: torch.LongTensor, past_key_values: Cache | None = None, **kwargs
     ) -> dict:
-        # Phi3's rotary embedding changes at this length, and what was cached before is of no use after
-        switch = getattr(self.config, "original_max_position_embeddings", None)
-        if (
-            past_key_values is not None
-            and switch is not None
-            and past_key_values.get_seq_length() <= switch < input_ids.shape[1]
-        ):
-            past_key_values = None
-            kwargs["next_sequence_length"] = None
+        if self.config.base_model_type == "phi3" and past_key_values is not None:
+            # Its rotary embedding changes at this length, and what was cached before is of no use after
+            if past_key_values.get_seq_length() <= self.config.original_max_position_embeddings < input_ids.shape[1]:
+                past_key_values = None
+                kwargs["next_sequence_length"] = None
         return super().prepare_inputs_for_generation(input_ids, past_key_values=past_key_values, **kwargs)
 
 
-class AttnResForSequenceClassification(GenericForSequenceClassification, AttnResPreTrainedModel):
+class AttnResGenericHead(AttnResPreTrainedModel):
+    """What transformers' generic heads need: they make their decoder by `AutoModel`."""
+
+    def __init__(self, config: AttnResConfig):
+        super().__init__(config)
+        # The class of a configuration that came as remote code from a folder is not the one imported above, since
+        # transformers imports that file once by itself and once with this one
+        if type(config) not in MODEL_MAPPING:
+            AutoModel.register(type(config), AttnResModel)
+
+
+class AttnResForSequenceClassification(GenericForSequenceClassification, AttnResGenericHead):
     _auto_class = "AutoModelForSequenceClassification"
 
 
-class AttnResForTokenClassification(GenericForTokenClassification, AttnResPreTrainedModel):
+class AttnResForTokenClassification(GenericForTokenClassification, AttnResGenericHead):
     _auto_class = "AutoModelForTokenClassification"
 
 
-class AttnResForQuestionAnswering(GenericForQuestionAnswering, AttnResPreTrainedModel):
+class AttnResForQuestionAnswering(GenericForQuestionAnswering, AttnResGenericHead):
     _auto_class = "AutoModelForQuestionAnswering"
 
 

@@ -289,11 +289,12 @@ def test_float64_retrofit_is_exact_to_float64(base, attn_res, tokens):
 
 @torch.no_grad()
 def test_weights_can_stay_on_disk(base, tokens, tmp_path):
-    """accelerate's hooks bring a module's parameters for the time of its forward, and depth attention uses no other's."""
+    """accelerate brings a module's parameters for the time of its forward, and depth attention uses no other's."""
     model = trained(base, **BLOCK)
     model.save_pretrained(tmp_path / "saved", max_shard_size="30KB")
-    on_disk = {f"model.layers.{i}": "disk" for i in range(TINY["num_hidden_layers"])}
-    device_map = {**dict.fromkeys(["model", "lm_head"], "cpu"), **on_disk, "model.output_res": "disk"}
+    in_memory = ("model.embed_tokens", "model.rotary_emb", "model.embedding_dropout", "model.norm", "lm_head")
+    on_disk = ("model.output_res", *(f"model.layers.{i}" for i in range(TINY["num_hidden_layers"])))
+    device_map = {**dict.fromkeys(in_memory, "cpu"), **dict.fromkeys(on_disk, "disk")}
     loaded = AutoModelForCausalLM.from_pretrained(
         tmp_path / "saved", device_map=device_map, offload_folder=tmp_path / "offload"
     )
