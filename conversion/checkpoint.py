@@ -23,7 +23,7 @@ CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 SINGLE_SHARD = "model.safetensors"
 # The base's own files that a retrofit replaces, kept so that `revert` gives them back to the byte
-REPLACED = "base"
+REPLACED = "attnres_base"
 
 # Weights in other formats and the state of a training run: none of it is part of the checkpoint
 _LEFT_BEHIND = ("*.bin", "*.ckpt", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.ot", "*.pt", "*.pth", "*.bin.index.json")
@@ -80,7 +80,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     from huggingface_hub.errors import NotASafetensorsRepoError, SafetensorsParsingError
 
     config = read_json(folder / CONFIG)
-    if not isinstance(config, dict) or "model_type" not in config:
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise ValueError(f"{folder / CONFIG} has no `model_type`: it is not the configuration of a model.")
     shards = [SINGLE_SHARD]
     if not (folder / SINGLE_SHARD).exists() and (folder / INDEX).exists():

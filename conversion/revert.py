@@ -18,7 +18,7 @@ from .checkpoint import (
     write_index,
     write_json,
 )
-from .retrofit import BASE_SHARD, attn_res_tensors, code_files
+from .retrofit import ATTN_RES_SHARD, BASE_SHARD, attn_res_tensors, code_files
 
 
 def revert(source: str | Path, output: str | Path, force: bool = False, revision: str | None = None) -> Path:
@@ -55,14 +55,13 @@ def revert(source: str | Path, output: str | Path, force: bool = False, revision
     replaced = checkpoint.folder / REPLACED
     with new_folder(Path(output), checkpoint.folder) as folder:
         _write_base_weights(checkpoint, attn_res, folder)
-        if replaced.is_dir():
-            restored = [file.name for file in replaced.iterdir()]
+        if replaced.is_dir() and ATTN_RES_SHARD in checkpoint.weights.files_metadata:
+            place_files([(file, folder / file.name) for file in replaced.iterdir()])
         else:
-            restored = []
+            # Saved anew by transformers since the retrofit: the base's index would name other shards
             write_json(folder / CONFIG, _base_config_json(checkpoint.config, architecture))
             if len(list(folder.glob("*.safetensors"))) > 1:
                 write_index(folder)
-        place_files([(replaced / name, folder / name) for name in restored])
         ours = {"README.md", *(file.name for file in code_files())}
         others = [file for file in checkpoint.other_files() if file.parts[0] not in {REPLACED, *ours}]
         place_files([(checkpoint.folder / file, folder / file) for file in others])
@@ -99,7 +98,7 @@ def _write_base_weights(checkpoint: Checkpoint, attn_res: set[str], folder: Path
 
 
 def _base_config_json(config_json: dict[str, Any], architecture: str) -> dict[str, Any]:
-    """config.json of the base of a checkpoint that was saved by transformers and so lacks the base's own files."""
+    """config.json of the base of a checkpoint that was saved by transformers."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     from modeling_attnres.configuration_attnres import ATTN_RES_FIELDS

@@ -148,6 +148,23 @@ def test_revert_of_a_model_saved_by_transformers(base_folder, tmp_path):
     assert not list((tmp_path / "reverted").glob("*.py"))
 
 
+def test_revert_of_a_model_saved_over_its_retrofit(base_folder, tmp_path):
+    """The base's own index and config are still there, and do not fit the new shards."""
+    output = retrofit(base_folder, tmp_path / "attnres", link=True)
+    before = file_bytes(base_folder)
+    model = AutoModelForCausalLM.from_pretrained(output)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.5)
+    model.save_pretrained(output, max_shard_size="40KB")
+    assert file_bytes(base_folder) == before, "a linked source is not written through"
+    revert(output, tmp_path / "reverted", force=True)
+    reverted, info = AutoModelForCausalLM.from_pretrained(tmp_path / "reverted", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    weights = model.state_dict()
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in reverted.state_dict().items())
+
+
 def test_revert_refuses_trained_queries_unless_forced(base_folder, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(retrofit(base_folder, tmp_path / "attnres"))
     with torch.no_grad():
