@@ -1,7 +1,7 @@
 # Copyright 2026 The modeling_attnres authors. Licensed under the Apache License, Version 2.0.
 """AttnRes configuration: any supported base's own fields, and five more."""
 
-from math import ceil
+from math import ceil, inf
 from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
@@ -119,7 +119,7 @@ class AttnResConfig(PreTrainedConfig):
         attn_res_norm_eps: float = 1e-6,
         **kwargs,
     ):
-        if base_model_type not in SUPPORTED_BASE_MODEL_TYPES:
+        if base_model_type not in SUPPORTED_BASE_MODEL_TYPES or base_model_type not in CONFIG_MAPPING:
             raise ValueError(_unsupported_base_message(base_model_type))
         kwargs.pop("model_type", None)
         base = CONFIG_MAPPING[base_model_type](**kwargs)
@@ -182,17 +182,19 @@ class AttnResConfig(PreTrainedConfig):
                 f"`attn_res_block_size` is {self.attn_res_block_size}, but a block has between 1 and "
                 f"`num_hidden_layers` = {self.num_hidden_layers} decoder layers."
             )
-        if not self.attn_res_norm_eps > 0:
-            raise ValueError(f"`attn_res_norm_eps` is {self.attn_res_norm_eps}, but it has to be greater than 0.")
+        if not 0 < self.attn_res_norm_eps < inf:
+            raise ValueError(
+                f"`attn_res_norm_eps` is {self.attn_res_norm_eps}, but it has to be between 0 and infinity."
+            )
 
 
 def _unsupported_base_message(base_model_type: str) -> str:
-    message = (
-        f"`base_model_type` is {base_model_type!r}, which AttnRes does not support. "
-        f"Supported: {', '.join(SUPPORTED_BASE_MODEL_TYPES)}."
-    )
+    supported = f"Supported: {', '.join(SUPPORTED_BASE_MODEL_TYPES)}."
     if base_model_type not in CONFIG_MAPPING:
-        return f"{message} This version of transformers has no model of that type."
+        return (
+            f"`base_model_type` is {base_model_type!r}, but this version of transformers has no such model. {supported}"
+        )
+    message = f"`base_model_type` is {base_model_type!r}, which AttnRes does not support. {supported}"
     try:
         differences = _decoder_layer_differences(base_model_type)
     except Exception as error:  # noqa: BLE001  some models cannot be built from their defaults; the refusal stands

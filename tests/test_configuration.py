@@ -122,11 +122,12 @@ def test_default_block_size_gives_about_eight_blocks(layers, size):
         ({"attn_res_block_size": "2"}, ["attn_res_block_size", "int", "str"]),
         ({"attn_res_type": "blocks"}, ["attn_res_type", "'block', 'full'", "blocks"]),
         ({"attn_res_scale": "max"}, ["attn_res_scale", "'sum', 'mean'", "max"]),
-        ({"attn_res_norm_eps": 0.0}, ["attn_res_norm_eps", "0.0", "greater than 0"]),
-        ({"attn_res_norm_eps": float("nan")}, ["attn_res_norm_eps", "nan", "greater than 0"]),
+        ({"attn_res_norm_eps": 0.0}, ["attn_res_norm_eps", "0.0", "between 0 and"]),
+        ({"attn_res_norm_eps": float("nan")}, ["attn_res_norm_eps", "nan", "between 0 and"]),
+        ({"attn_res_norm_eps": float("inf")}, ["attn_res_norm_eps", "inf", "between 0 and"]),
         ({"hidden_size": 30}, ["hidden size", "30"]),
         ({"hidden_size": "wide"}, ["hidden_size", "int", "wide"]),
-        ({"base_model_type": "no_such_model"}, ["base_model_type", "no_such_model", "llama, mistral"]),
+        ({"base_model_type": "no_such_model"}, ["base_model_type", "no_such_model", "no such model", "llama, mistral"]),
     ],
 )
 def test_impossible_values_are_refused_by_name(fields, words):
