@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from conftest import TINY, attnres_of, randomise_depth_attention, tiny_base
+from conftest import FAMILIES, TINY, attnres_of, randomise_depth_attention, tiny_base, tiny_base_config
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, StaticCache
 
@@ -53,12 +53,14 @@ def test_a_base_checkpoint_loads_as_it_is(base, tmp_path, tokens):
     torch.testing.assert_close(model(**tokens).logits, base(**tokens).logits, rtol=0, atol=1e-5)
 
 
-def test_initialisation_is_the_base_s_and_queries_are_zero(base):
+@pytest.mark.parametrize("family", FAMILIES)
+def test_initialisation_is_the_base_s_and_queries_are_zero(family):
     """From scratch: same seed, same weights; the AttnRes tensors draw no random numbers."""
+    config = tiny_base_config(family)
     torch.manual_seed(3)
-    expected = AutoModelForCausalLM.from_config(base.config).state_dict()
+    expected = AutoModelForCausalLM.from_config(config).state_dict()
     torch.manual_seed(3)
-    actual = AutoModelForCausalLM.from_config(AttnResConfig.from_base_config(base.config)).state_dict()
+    actual = AutoModelForCausalLM.from_config(AttnResConfig.from_base_config(config)).state_dict()
     for name, tensor in actual.items():
         if name.endswith(".query"):
             assert (tensor == 0).all()
