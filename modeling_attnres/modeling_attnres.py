@@ -117,6 +117,8 @@ class AttnResPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["AttnResDecoderLayer"]
     _skip_keys_device_placement = ["past_key_values"]
+    # vLLM asks the class, before there is an instance that knows its base
+    _supports_attention_backend = True
     _can_record_outputs = {
         # What each layer's attention was given. The first of these modules brings the embedding too, as its first
         # argument; what the last one gives is replaced by the final norm's output.
