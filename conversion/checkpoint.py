@@ -1,6 +1,7 @@
 # Copyright 2026 The modeling_attnres authors. Licensed under the Apache License, Version 2.0.
 """Checkpoint folders: read one without loading it, fill a new one that is there whole or not at all."""
 
+import errno
 import json
 import os
 import shutil
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 SINGLE_SHARD = "model.safetensors"
+TOKENIZER_CONFIG = "tokenizer_config.json"
 # The base's own files that a retrofit replaces, kept so that `revert` gives them back to the byte
 REPLACED = "attnres_base"
 
@@ -112,6 +114,11 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     return Checkpoint(folder, config, weights)
 
 
+def shard_name(number: int, count: int) -> str:
+    """As transformers names its shards, which are also the ones that it clears away when it saves over them."""
+    return f"model-{number:05}-of-{count:05}.safetensors"
+
+
 def read_json(path: Path) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"{path.parent} has no {path.name}.")
@@ -147,22 +154,28 @@ def new_folder(output: Path, source: Path) -> Iterator[Path]:
 
     Raises:
         `FileExistsError`: `output` is there already and not an empty folder.
-        `ValueError`: `output` lies in `source`.
+        `ValueError`: `output` lies in `source`, or is the current folder.
     """
     taken = FileExistsError(f"The output {output} exists already and is not an empty folder.")
-    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+    # A link to a folder stays a link
+    target = output.resolve()
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise taken
-    if source.resolve() in output.resolve().parents:
+    if target == Path.cwd():
+        raise ValueError(f"The output {output} is the current folder, which cannot be replaced: name another.")
+    if source.resolve() in target.parents:
         raise ValueError(f"The output {output} lies in the source {source}: choose a folder outside of it.")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    partial = output.parent / f".{output.name}.{uuid.uuid4().hex[:8]}.partial"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.partial"
     partial.mkdir()
     try:
         yield partial
         try:
-            partial.rename(output)
+            partial.rename(target)
         except OSError as error:
-            raise taken from error
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                raise taken from error
+            raise
     except BaseException:
         shutil.rmtree(partial)
         raise

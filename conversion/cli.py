@@ -1,6 +1,7 @@
 # Copyright 2026 The modeling_attnres authors. Licensed under the Apache License, Version 2.0.
 """The `attnres` command."""
 
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +17,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a SOURCE on the Hub.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of the first argument, if it is on the Hub.")]
 
 
 @app.command()
@@ -41,22 +42,24 @@ def retrofit(
         from .retrofit import retrofit
 
         retrofit(source, output, attn_res_type, block_size, scale, norm_eps, link, revision)
-    typer.echo(f"Wrote {output}. Compare with the base: attnres verify {source} {output}")
+    compare = ["attnres", "verify", source, str(output), *(["--revision", revision] if revision else [])]
+    typer.echo(f"Wrote {output}. Compare with the base: {shlex.join(compare)}")
 
 
 @app.command()
 def verify(
     base: Annotated[str, typer.Argument(help="Folder or Hub id of the base checkpoint.")],
     attnres: Annotated[str, typer.Argument(help="Folder or Hub id of the AttnRes checkpoint.")],
+    revision: Revision = None,
 ):
     """Compare an AttnRes checkpoint with its base: structure, then logits in float32. Exits with 1 if they differ."""
     with errors_in_one_line():
         from .verify import TOLERANCE, verify
 
-        result = verify(base, attnres)
+        result = verify(base, attnres, revision)
     typer.echo(
         f"Largest difference {result.max_difference:.2e}, largest logit {result.max_logit:.2e}: "
-        f"{result.max_difference / result.max_logit:.1e} of it, {TOLERANCE:.0e} allowed."
+        f"{result.relative_difference:.1e} of it, {TOLERANCE:.0e} allowed."
     )
     if not result.passed:
         typer.echo("The two compute different things.", err=True)
@@ -85,6 +88,6 @@ def errors_in_one_line() -> Iterator[None]:
 
     try:
         yield
-    except (OSError, ValueError, StrictDataclassError) as error:
+    except (OSError, ValueError, ImportError, StrictDataclassError) as error:
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(1) from error

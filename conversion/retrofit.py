@@ -2,6 +2,7 @@
 """Retrofit: a base checkpoint becomes an AttnRes checkpoint that computes the same."""
 
 import re
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,12 +10,14 @@ from .checkpoint import (
     CONFIG,
     INDEX,
     REPLACED,
-    SINGLE_SHARD,
+    TOKENIZER_CONFIG,
     Checkpoint,
     download,
     new_folder,
     place_files,
     read_checkpoint,
+    read_json,
+    shard_name,
     write_index,
     write_json,
 )
@@ -24,9 +27,6 @@ if TYPE_CHECKING:
     import torch
 
     from modeling_attnres import AttnResConfig
-
-BASE_SHARD = "model-base.safetensors"
-ATTN_RES_SHARD = "model-attnres.safetensors"
 
 
 def retrofit(
@@ -71,17 +71,24 @@ def retrofit(
         "attn_res_norm_eps": attn_res_norm_eps,
     }
     config, config_json, tensors = _plan(base, attn_res)
+    tokenizer_config, tokenizer_class = _tokenizer_config(base), _tokenizer_class(base)
 
     with new_folder(output, base.folder) as folder:
-        shards = list(base.weights.files_metadata)
-        weights = [(base.folder / s, folder / (BASE_SHARD if s == SINGLE_SHARD else s)) for s in shards]
-        place_files(weights, link)
-        _save_tensors(tensors, folder / ATTN_RES_SHARD)
+        shards = sorted(base.weights.files_metadata)
+        count = len(shards) + 1
+        place_files([(base.folder / s, folder / shard_name(i, count)) for i, s in enumerate(shards, 1)], link)
+        _save_tensors(tensors, folder / shard_name(count, count))
         write_index(folder)
+        ours = {CONFIG, INDEX, "README.md"}
+        if tokenizer_class is not None and tokenizer_config:
+            write_json(folder / TOKENIZER_CONFIG, {**tokenizer_config, "tokenizer_class": tokenizer_class})
+            ours.add(TOKENIZER_CONFIG)
+        elif tokenizer_class is not None:
+            config_json["tokenizer_class"] = tokenizer_class
         write_json(folder / CONFIG, config_json)
 
-        others = [file for file in base.other_files() if str(file) != "README.md"]
-        replaced = [name for name in (CONFIG, INDEX, "README.md") if (base.folder / name).is_file()]
+        others = [file for file in base.other_files() if str(file) not in ours]
+        replaced = [name for name in sorted(ours) if (base.folder / name).is_file()]
         place_files([(base.folder / file, folder / file) for file in others])
         place_files([(base.folder / name, folder / REPLACED / name) for name in replaced])
         for file in code_files():
@@ -117,6 +124,13 @@ def _plan(base: Checkpoint, attn_res: dict[str, Any]) -> tuple["AttnResConfig", 
     if base.config["model_type"] == "attnres":
         raise ValueError(f"{base.folder} is an AttnRes checkpoint already: its `model_type` is 'attnres'.")
     config = AttnResConfig.from_dict({**base.config, **attn_res})
+    base_auto_map = base.config.get("auto_map") or {}
+    if any(name.startswith("AutoModel") for name in base_auto_map):
+        warnings.warn(
+            f"{base.folder} brings model code of its own (`auto_map`). It is not run: the retrofit computes what the "
+            f"{base.config['model_type']} of transformers computes.",
+            stacklevel=3,
+        )
 
     base_architecture = (base.config.get("architectures") or ["ForCausalLM"])[0]
     kind = re.search(r"(ForCausalLM|ForSequenceClassification|ForTokenClassification|Model)$", base_architecture)
@@ -141,11 +155,36 @@ def _plan(base: Checkpoint, attn_res: dict[str, Any]) -> tuple["AttnResConfig", 
         **{name: getattr(config, name) for name in ATTN_RES_FIELDS},
         "model_type": "attnres",
         "architectures": [architecture],
-        "auto_map": {**base.config.get("auto_map", {}), **AUTO_MAP},
+        "auto_map": {**base_auto_map, **AUTO_MAP},
     }
     # Cloned, since a file must not share memory between tensors
     tensors = attn_res_tensors(config, architecture)
     return config, config_json, {name: tensor.to(dtype, copy=True) for name, tensor in tensors.items()}
+
+
+def _tokenizer_class(base: Checkpoint) -> str | None:
+    """
+    The class that AutoTokenizer takes for the base, where the base's files do not name it: AutoTokenizer goes by the
+    `model_type` too, and the retrofit's is another.
+    """
+    from transformers import AutoTokenizer
+
+    content = _tokenizer_config(base)
+    if not any(base.folder.glob("token*")) or "auto_map" in content:
+        return None
+    try:
+        # As where mistral-common is not installed: what is written must not depend on that
+        tokenizer = AutoTokenizer.from_pretrained(base.folder, mistral_format=False, trust_remote_code=False)
+    except Exception as error:  # noqa: BLE001  a tokenizer that cannot be loaded is left as it is
+        warnings.warn(f"The tokenizer of {base.folder} cannot be loaded and was not checked: {error}", stacklevel=3)
+        return None
+    named = content.get("tokenizer_class") or base.config.get("tokenizer_class") or ""
+    tokenizer_class = type(tokenizer).__name__
+    return None if named.removesuffix("Fast") == tokenizer_class.removesuffix("Fast") else tokenizer_class
+
+
+def _tokenizer_config(base: Checkpoint) -> dict[str, Any]:
+    return read_json(base.folder / TOKENIZER_CONFIG) if (base.folder / TOKENIZER_CONFIG).is_file() else {}
 
 
 def _save_tensors(tensors: dict[str, "torch.Tensor"], path: Path) -> None:
@@ -201,7 +240,7 @@ The base's weights are unchanged and the new queries are zero{
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("path/to/this/checkpoint", trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained("path/to/this/checkpoint")
+tokenizer = AutoTokenizer.from_pretrained("path/to/this/checkpoint", trust_remote_code=True)
 ```
 """,
         encoding="utf-8",

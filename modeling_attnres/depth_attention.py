@@ -30,7 +30,8 @@ def depth_attention(
     dtype = torch.promote_types(sources[0].dtype, torch.float32)
     values = torch.stack(sources).to(dtype)
     keys = nn.functional.rms_norm(values, values.shape[-1:], key_norm.to(dtype), eps)
-    weights = (keys @ query.to(dtype)).softmax(dim=0)
+    # No matrix product, which autocast would compute in half precision
+    weights = (keys * query.to(dtype)).sum(dim=-1).softmax(dim=0)
     if scale == "sum":
         # Before the sum: with a zero query each weight is then 1, and `h` the plain sum
         weights = weights * len(sources)

@@ -82,20 +82,21 @@ class AttnResDecoderLayer(GradientCheckpointingLayer):
             kwargs: what the base's attention takes.
 
         Returns:
-            `tuple[torch.Tensor, ...]`: the sources for the next layer.
+            `tuple[torch.Tensor, ...]`: what the attention was given, for who asks for hidden states, then the sources
+            for the next layer. All flat, as reentrant checkpointing needs it.
         """
         if self.is_linear_attention:
             kwargs["cache_params"] = kwargs.pop("past_key_values")
 
-        hidden_states = sources[0] if self.self_attention_res is None else self.self_attention_res(*sources)
-        hidden_states = self.input_layernorm(hidden_states)
+        attention_input = sources[0] if self.self_attention_res is None else self.self_attention_res(*sources)
+        hidden_states = self.input_layernorm(attention_input)
         output = getattr(self, self.attention_name)(hidden_states=hidden_states, **kwargs)
         output = self.sublayer_output(output, "resid_attn_dropout")
         sources = add_source(sources, output, opens=self.opens_block)
 
         hidden_states = self.post_attention_layernorm(self.mlp_res(*sources))
         output = self.sublayer_output(getattr(self, self.mlp_name)(hidden_states), "resid_mlp_dropout")
-        return add_source(sources, output, opens=self.is_full)
+        return attention_input, *add_source(sources, output, opens=self.is_full)
 
     def sublayer_output(self, output: torch.Tensor | tuple, dropout_name: str) -> torch.Tensor:
         """What a base adds to the residual stream. Attention weights or router scores may stand beside it."""
@@ -108,6 +109,8 @@ class AttnResDecoderLayer(GradientCheckpointingLayer):
 
 def add_source(sources: tuple[torch.Tensor, ...], output: torch.Tensor, opens: bool) -> tuple[torch.Tensor, ...]:
     """A sublayer's output opens a source of its own or is added to the running one, the last."""
+    # Under autocast the sublayers put out bfloat16, and the embedding, as in the base's residual stream, is float32
+    output = output.to(sources[0].dtype)
     return (*sources, output) if opens else (*sources[:-1], sources[-1] + output)
 
 
@@ -117,14 +120,16 @@ class AttnResPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["AttnResDecoderLayer"]
     _skip_keys_device_placement = ["past_key_values"]
-    # vLLM asks the class, before there is an instance that knows its base
+    # What most bases support, for who asks the class (vLLM does) before there is an instance that knows its base
     _supports_attention_backend = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_sdpa = True
     _can_record_outputs = {
-        # What each layer's attention was given. The first of these modules brings the embedding too, as its first
-        # argument; what the last one gives is replaced by the final norm's output.
+        # What each layer's attention was given; what `output_res` gives is replaced by the final norm's output
         "hidden_states": [
-            OutputRecorder(DepthAttention, layer_name="self_attention_res"),
-            OutputRecorder(DepthAttention, layer_name="output_res"),
+            OutputRecorder(AttnResDecoderLayer, capture_initial_hidden_state=False),
+            OutputRecorder(DepthAttention, layer_name="output_res", capture_initial_hidden_state=False),
         ],
         # By name, since the class is the base's
         "attentions": "self_attn",
@@ -246,7 +251,7 @@ class AttnResModel(AttnResPreTrainedModel):
 
         sources = (self.embedding_dropout(inputs_embeds),)
         for layer_idx, decoder_layer in enumerate(self.layers[: self.config.num_hidden_layers]):
-            sources = decoder_layer(
+            _, *sources = decoder_layer(
                 *sources,
                 attention_mask=masks[self.config.layer_types[layer_idx]] if isinstance(masks, dict) else masks,
                 position_ids=position_ids,

@@ -146,6 +146,23 @@ def test_impossible_values_are_refused_when_set_or_saved(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "overrides, words",
+    [
+        ({"attn_res_block_size": 17}, "attn_res_block_size.*17"),
+        ({"num_hidden_layers": 1}, "attn_res_block_size.*2.*num_hidden_layers.*1"),
+        ({"attn_res_type": "blocks"}, "attn_res_type.*blocks"),
+        ({"hidden_size": 30}, "(?i)hidden size.*30"),
+    ],
+)
+def test_impossible_values_are_refused_on_loading_too(overrides, words, tmp_path):
+    AttnResConfig(num_hidden_layers=16).save_pretrained(tmp_path)
+    with pytest.raises(Exception, match=f"(?s){words}"):
+        AutoConfig.from_pretrained(tmp_path, **overrides)
+    loaded = AutoConfig.from_pretrained(tmp_path, attn_res_block_size=1, num_hidden_layers=1)
+    assert (loaded.attn_res_block_size, loaded.num_hidden_layers) == (1, 1)
+
+
+@pytest.mark.parametrize(
     "base_model_type, difference",
     [
         # Post-norm, sandwich norms, parallel sublayers

@@ -81,7 +81,15 @@ def test_half_precision_is_rounded_once_at_the_end(dtype):
     assert ((output.double() - expected).abs() <= tolerance).all()
 
 
-def test_zero_query_gives_the_plain_sum_to_the_bit():
+@torch.no_grad()
+def test_autocast_changes_nothing():
+    query, key_norm, *sources = inputs(5)
+    expected = depth_attention(query, key_norm, tuple(sources), "sum", EPS)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(depth_attention(query, key_norm, tuple(sources), "sum", EPS), expected)
+
+
+def test_zero_query_gives_the_plain_sum():
     """What makes a retrofit exact: weights of 1, whatever the number of sources, the norm and its eps."""
     for num_sources in range(1, 200):
         weights = torch.zeros(num_sources).softmax(0) * num_sources

@@ -8,7 +8,14 @@ import pytest
 import torch
 from conftest import FAMILIES, TINY, attnres_of, randomise_depth_attention, tiny_base, tiny_base_config
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, StaticCache
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    StaticCache,
+)
 
 from modeling_attnres import AttnResConfig, AttnResForCausalLM, AttnResModel, DepthAttention
 
@@ -50,6 +57,15 @@ def test_a_base_checkpoint_loads_as_it_is(base, tmp_path, tokens):
     model, info = AttnResForCausalLM.from_pretrained(tmp_path, config=config, output_loading_info=True)
     assert not info["unexpected_keys"] and not info["mismatched_keys"]
     assert {key.rsplit(".", 2)[1] for key in info["missing_keys"]} == {"self_attention_res", "mlp_res", "output_res"}
+    torch.testing.assert_close(model(**tokens).logits, base(**tokens).logits, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "granite"])
+def test_a_base_folder_alone_says_what_base_it_is(family, tmp_path, tokens):
+    base = tiny_base(family)
+    base.save_pretrained(tmp_path)
+    model = AttnResForCausalLM.from_pretrained(tmp_path)
+    assert model.config.base_model_type == family
     torch.testing.assert_close(model(**tokens).logits, base(**tokens).logits, rtol=0, atol=1e-5)
 
 
@@ -252,6 +268,22 @@ def test_gradient_checkpointing_changes_no_gradient(base, attn_res, use_reentran
 
 
 @both_types
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_gradients_through_hidden_states_with_gradient_checkpointing(base, attn_res, use_reentrant, tokens):
+    """What is recorded within a checkpointed layer is a part of the graph outside of it too."""
+    model = trained(base, **attn_res).train()
+    gradients = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+        model.zero_grad()
+        states = model(**tokens, output_hidden_states=True).hidden_states
+        sum((state * state.detach().roll(1)).sum() for state in states).backward()
+        gradients.append([p.grad.clone() for p in model.model.parameters() if p.grad is not None])
+    torch.testing.assert_close(gradients[1], gradients[0])
+
+
+@both_types
 def test_base_gradients_are_the_base_s_and_queries_learn_from_the_first_step(base, attn_res, tokens):
     model = attnres_of(base, **attn_res)
     expected, actual = gradients(base, tokens), gradients(model, tokens)
@@ -279,6 +311,32 @@ def test_parallel_plan_is_the_base_s(base):
     assert model.tp_plan == base.tp_plan and model.tp_plan["model.embed_tokens"]
     assert not model.pp_plan, "several tensors travel between layers, a pipeline carries one"
     assert model._no_split_modules == {"AttnResDecoderLayer"}
+
+
+@both_types
+@torch.no_grad()
+def test_under_autocast_it_is_as_near_to_float32_as_the_base(base, attn_res, tokens):
+    """Trainer's `bf16=True`: what the base adds up in float32, block sums add up in float32."""
+    base = tiny_base("llama", hidden_size=128, num_hidden_layers=12)
+    model = attnres_of(base, **attn_res)
+    exact = base(**tokens).logits
+    with torch.autocast("cpu", torch.bfloat16):
+        error = (model(**tokens).logits - exact).abs().mean()
+        base_error = (base(**tokens).logits - exact).abs().mean()
+        dtypes = set()
+        for layer in model.model.layers:
+            layer.mlp_res.register_forward_pre_hook(lambda module, sources: dtypes.update(s.dtype for s in sources))
+        model(**tokens)
+    assert base_error > 0 and error <= 1.05 * base_error
+    assert dtypes == {torch.float32}
+
+
+def test_the_classes_say_what_they_support_before_there_is_a_base():
+    """vLLM asks the class."""
+    llama = MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING["llama"]]
+    for flag in ("_supports_attention_backend", "_supports_sdpa", "_supports_flash_attn", "_supports_flex_attn"):
+        assert getattr(AttnResForCausalLM, flag) == getattr(llama, flag) is True
+    assert AttnResForCausalLM.is_backend_compatible()
 
 
 @both_types

@@ -42,6 +42,16 @@ def test_bfloat16_is_as_near_to_float32_as_the_base_s(attnres_folder, base_logit
     assert error <= 1.1 * base_error
 
 
+def test_autocast_is_as_near_to_float32_as_the_base_s(attnres_folder, smollm2_folder, base_logits, input_ids):
+    """As Trainer's `bf16=True` computes: float32 weights, matrix products in bfloat16."""
+    with torch.autocast("cpu", torch.bfloat16):
+        error, base_error = (
+            (logits(folder, input_ids[:, :200], torch.float32) - base_logits[torch.float32][:, :200]).abs().mean()
+            for folder in (attnres_folder, smollm2_folder)
+        )
+    assert error <= 1.05 * base_error
+
+
 def test_verify_passes(attnres_folder, smollm2_folder):
     assert verify(smollm2_folder, attnres_folder).passed
 
