@@ -12,6 +12,7 @@ from transformers import (
 
 from .configuration_attnres import AttnResConfig
 from .depth_attention import DepthAttention, depth_attention
+from .fused_depth_attention import fused_depth_attention
 from .modeling_attnres import (
     AttnResForCausalLM,
     AttnResForQuestionAnswering,
@@ -20,6 +21,7 @@ from .modeling_attnres import (
     AttnResModel,
     AttnResPreTrainedModel,
 )
+from .streaming_depth_attention import streaming_depth_attention
 
 
 AutoConfig.register("attnres", AttnResConfig)
@@ -39,4 +41,6 @@ __all__ = [
     "AttnResPreTrainedModel",
     "DepthAttention",
     "depth_attention",
+    "fused_depth_attention",
+    "streaming_depth_attention",
 ]

@@ -88,6 +88,10 @@ class AttnResConfig(PreTrainedConfig):
             give the standard residual stream. `"mean"`: 1, the paper's form.
         attn_res_norm_eps (`float`, *optional*, defaults to 1e-6):
             The epsilon of the RMSNorm that turns sources into keys.
+        attn_res_implementation (`str`, *optional*, defaults to `"auto"`):
+            What computes the depth attention. `"eager"`: PyTorch. `"fused"`: the kernel of the package
+            flash-linear-attention, on a CUDA device. `"auto"`: the kernel where it is there and the model is not
+            compiled. As with `attn_implementation`, it is not saved.
         kwargs:
             The base's own fields.
 
@@ -109,6 +113,7 @@ class AttnResConfig(PreTrainedConfig):
     attn_res_block_size: int | None = None
     attn_res_scale: Literal["sum", "mean"] = "sum"
     attn_res_norm_eps: float = 1e-6
+    attn_res_implementation: Literal["auto", "eager", "fused"] = "auto"
 
     def __init__(
         self,
@@ -117,6 +122,7 @@ class AttnResConfig(PreTrainedConfig):
         attn_res_block_size: int | None = None,
         attn_res_scale: str = "sum",
         attn_res_norm_eps: float = 1e-6,
+        attn_res_implementation: str = "auto",
         **kwargs,
     ):
         if base_model_type not in SUPPORTED_BASE_MODEL_TYPES or base_model_type not in CONFIG_MAPPING:
@@ -132,6 +138,7 @@ class AttnResConfig(PreTrainedConfig):
         self.attn_res_type = attn_res_type
         self.attn_res_scale = attn_res_scale
         self.attn_res_norm_eps = attn_res_norm_eps
+        self.attn_res_implementation = attn_res_implementation
         if attn_res_block_size is None:
             sizes = range(1, max(self.num_hidden_layers, 1) + 1)
             attn_res_block_size = min(sizes, key=lambda size: abs(ceil(self.num_hidden_layers / size) - 8))
@@ -170,7 +177,7 @@ class AttnResConfig(PreTrainedConfig):
         """The same values as a configuration of the base's class, which knows how to validate and save them."""
         base_class = CONFIG_MAPPING[self.base_model_type]
         view = base_class.__new__(base_class)
-        own = {*_BASE_CLASS_ATTRIBUTES, *ATTN_RES_FIELDS}
+        own = {*_BASE_CLASS_ATTRIBUTES, *ATTN_RES_FIELDS, "attn_res_implementation"}
         view.__dict__.update({name: value for name, value in self.__dict__.items() if name not in own})
         return view
 

@@ -3,6 +3,10 @@
 
 import torch
 from torch import nn
+from transformers.utils.import_utils import is_flash_linear_attention_available
+
+from .fused_depth_attention import fused_depth_attention
+from .streaming_depth_attention import streaming_depth_attention
 
 
 def depth_attention(
@@ -28,14 +32,40 @@ def depth_attention(
         `torch.Tensor`: `h`, in the sources' shape and dtype.
     """
     dtype = torch.promote_types(sources[0].dtype, torch.float32)
-    values = torch.stack(sources).to(dtype)
-    keys = nn.functional.rms_norm(values, values.shape[-1:], key_norm.to(dtype), eps)
-    # No matrix product, which autocast would compute in half precision
-    weights = (keys * query.to(dtype)).sum(dim=-1).softmax(dim=0)
+    query, key_norm, values = (
+        # In a decoding step each call counts, one that does nothing too
+        tensor if tensor.dtype == dtype else tensor.to(dtype)
+        for tensor in (query, key_norm, torch.stack(sources))
+    )
+    # `q · RMSNorm(v)`, with the norm's weight taken to the query and its factor out of the product. No matrix product,
+    # which autocast would compute in half precision
+    logits = (values * (query * key_norm)).sum(dim=-1) * (values.square().mean(dim=-1) + eps).rsqrt()
+    weights = logits.softmax(dim=0)
     if scale == "sum":
         # Before the sum: with a zero query each weight is then 1, and `h` the plain sum
         weights = weights * len(sources)
-    return (weights.unsqueeze(-1) * values).sum(dim=0).to(sources[0].dtype)
+    output = (weights.unsqueeze(-1) * values).sum(dim=0)
+    return output if output.dtype == sources[0].dtype else output.to(sources[0].dtype)
+
+
+# Numbers in a source from which on it pays to go from source to source (measured on a CPU); below, the fewest calls win
+STREAMING_SIZE = 2**16
+
+
+def choose_implementation(name: str, source: torch.Tensor):
+    """The function that an `attn_res_implementation` stands for, with sources like this one."""
+    if name == "auto":
+        # A compiler fuses by itself; the kernel computes in float32
+        takes_kernel = source.is_cuda and source.dtype != torch.float64 and not torch.compiler.is_compiling()
+        name = "fused" if takes_kernel and is_flash_linear_attention_available() else "eager"
+    if name == "eager":
+        return streaming_depth_attention if source.numel() > STREAMING_SIZE else depth_attention
+    if not source.is_cuda:
+        raise ValueError(
+            f"`attn_res_implementation` is 'fused', which needs a CUDA device, but the model is on "
+            f"'{source.device.type}'. Choose 'auto' or 'eager'."
+        )
+    return fused_depth_attention
 
 
 class DepthAttention(nn.Module):
@@ -49,6 +79,7 @@ class DepthAttention(nn.Module):
 
     def __init__(self, config):
         super().__init__()
+        self.config = config
         self.scale = config.attn_res_scale
         self.eps = config.attn_res_norm_eps
         self.query = nn.Parameter(torch.zeros(config.hidden_size))
@@ -56,7 +87,8 @@ class DepthAttention(nn.Module):
 
     def forward(self, *sources: torch.Tensor) -> torch.Tensor:
         """The `sources`, each `(batch, sequence, hidden_size)`, become one such tensor. See [`depth_attention`]."""
-        return depth_attention(self.query, self.key_norm, sources, self.scale, self.eps)
+        attend = choose_implementation(self.config.attn_res_implementation, sources[0])
+        return attend(self.query, self.key_norm, sources, self.scale, self.eps)
 
     def extra_repr(self) -> str:
         return f"{self.query.shape[0]}, scale={self.scale!r}, eps={self.eps}"

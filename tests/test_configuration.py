@@ -179,3 +179,15 @@ def test_unsupported_bases_are_refused_with_the_difference(base_model_type, diff
     with pytest.raises(ValueError, match="base_model_type.*does not support.*Supported: deepseek_v3") as error:
         AttnResConfig(base_model_type=base_model_type)
     assert difference in str(error.value)
+
+
+def test_the_implementation_is_chosen_at_load_and_not_saved(tmp_path):
+    config = AttnResConfig(attn_res_implementation="eager")
+    config.save_pretrained(tmp_path)
+    assert "attn_res_implementation" not in (tmp_path / "config.json").read_text()
+    assert "attn_res_implementation" not in config.to_dict()
+    assert AutoConfig.from_pretrained(tmp_path).attn_res_implementation == "auto"
+    assert AutoConfig.from_pretrained(tmp_path, attn_res_implementation="fused").attn_res_implementation == "fused"
+    assert copy.deepcopy(config).attn_res_implementation == "eager"
+    with pytest.raises(Exception, match="(?s)attn_res_implementation.*'fused'.*flash"):
+        AttnResConfig(attn_res_implementation="flash")

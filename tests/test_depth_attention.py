@@ -1,13 +1,24 @@
-"""The operator against fla's reference and a float64 formula, in value and gradient."""
+"""The operators against fla's reference and a float64 formula, in value and gradient."""
 
+import sys
+
+import fla.ops.attnres
 import pytest
 import torch
 from fla.ops.attnres import naive_attnres
+from torch.autograd.graph import saved_tensors_hooks
 
-from modeling_attnres import depth_attention
+from modeling_attnres import (
+    AttnResConfig,
+    DepthAttention,
+    depth_attention,
+    fused_depth_attention,
+    streaming_depth_attention,
+)
 
 
 EPS = 1e-6
+each_operator = pytest.mark.parametrize("attend", [depth_attention, streaming_depth_attention])
 
 
 def inputs(num_sources, dtype=torch.float32, shape=(2, 5, 16), seed=0):
@@ -31,9 +42,10 @@ def formula(query, key_norm, *sources, scale):
 
 @pytest.mark.parametrize("scale", ["sum", "mean"])
 @pytest.mark.parametrize("num_sources", [1, 2, 5])
-def test_values_and_gradients_are_those_of_fla(num_sources, scale):
+@each_operator
+def test_values_and_gradients_are_those_of_fla(num_sources, scale, attend):
     ours, theirs = inputs(num_sources), inputs(num_sources)
-    output = depth_attention(ours[0], ours[1], tuple(ours[2:]), scale, EPS)
+    output = attend(ours[0], ours[1], tuple(ours[2:]), scale, EPS)
     expected = naive_attnres(theirs[0], theirs[2:], theirs[1], rms_eps=EPS)
     if scale == "sum":
         expected = expected * num_sources
@@ -48,12 +60,13 @@ def test_values_and_gradients_are_those_of_fla(num_sources, scale):
 
 
 @pytest.mark.parametrize("scale", ["sum", "mean"])
-def test_values_and_gradients_are_those_of_the_float64_formula(scale):
+@each_operator
+def test_values_and_gradients_are_those_of_the_float64_formula(scale, attend):
     tensors = inputs(4)
     expected_tensors = [tensor.detach().double().requires_grad_() for tensor in tensors]
-    output = depth_attention(tensors[0], tensors[1], tuple(tensors[2:]), scale, EPS)
+    output = attend(tensors[0], tensors[1], tuple(tensors[2:]), scale, EPS)
     expected = formula(*expected_tensors, scale=scale)
-    assert (output - expected).abs().max() < 1e-6 * expected.abs().max()
+    assert (output - expected).abs().max() < 2e-6 * expected.abs().max()
 
     output.sum().backward()
     expected.sum().backward()
@@ -62,18 +75,20 @@ def test_values_and_gradients_are_those_of_the_float64_formula(scale):
 
 
 @pytest.mark.parametrize("scale", ["sum", "mean"])
-def test_float64_is_kept_and_passes_gradcheck(scale):
+@each_operator
+def test_float64_is_kept_and_passes_gradcheck(scale, attend):
     tensors = inputs(3, torch.float64, shape=(2, 6))
     query, key_norm, *sources = tensors
-    output = depth_attention(query, key_norm, tuple(sources), scale, EPS)
+    output = attend(query, key_norm, tuple(sources), scale, EPS)
     torch.testing.assert_close(output, formula(*tensors, scale=scale), rtol=1e-12, atol=1e-12)
-    assert torch.autograd.gradcheck(lambda q, k, *v: depth_attention(q, k, v, scale, EPS), tensors)
+    assert torch.autograd.gradcheck(lambda q, k, *v: attend(q, k, v, scale, EPS), tensors)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_rounded_once_at_the_end(dtype):
+@each_operator
+def test_half_precision_is_rounded_once_at_the_end(dtype, attend):
     tensors = [tensor.detach() for tensor in inputs(4, dtype, seed=3)]
-    output = depth_attention(tensors[0], tensors[1], tuple(tensors[2:]), "sum", EPS)
+    output = attend(tensors[0], tensors[1], tuple(tensors[2:]), "sum", EPS)
     expected = formula(*tensors, scale="sum")
     assert output.dtype == dtype
     # Half a unit in the last place, and float32's own rounding
@@ -81,28 +96,133 @@ def test_half_precision_is_rounded_once_at_the_end(dtype):
     assert ((output.double() - expected).abs() <= tolerance).all()
 
 
-@torch.no_grad()
-def test_autocast_changes_nothing():
-    query, key_norm, *sources = inputs(5)
-    expected = depth_attention(query, key_norm, tuple(sources), "sum", EPS)
+@each_operator
+def test_autocast_changes_nothing(attend):
+    def value_and_gradients():
+        query, key_norm, *sources = tensors = inputs(5)
+        output = attend(query, key_norm, tuple(sources), "sum", EPS)
+        output.square().sum().backward()
+        return output, *(tensor.grad for tensor in tensors)
+
+    expected = value_and_gradients()
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(depth_attention(query, key_norm, tuple(sources), "sum", EPS), expected)
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(value_and_gradients(), expected))
 
 
-def test_zero_query_gives_the_plain_sum():
+@each_operator
+def test_zero_query_gives_the_plain_sum(attend):
     """What makes a retrofit exact: weights of 1, whatever the number of sources, the norm and its eps."""
     for num_sources in range(1, 200):
         weights = torch.zeros(num_sources).softmax(0) * num_sources
         assert torch.equal(weights, torch.ones(num_sources)) or (weights - 1).abs().max() < 1.2e-7
     _, key_norm, *sources = (tensor.detach() for tensor in inputs(7))
-    output = depth_attention(torch.zeros(16), key_norm, tuple(sources), "sum", 1.0)
+    output = attend(torch.zeros(16), key_norm, tuple(sources), "sum", 1.0)
     torch.testing.assert_close(output, sum(sources), rtol=2e-7, atol=0)
 
 
-def test_zero_query_gets_its_full_gradient():
+@each_operator
+def test_zero_query_gets_its_full_gradient(attend):
     query, key_norm, *sources = inputs(3)
     query = torch.zeros_like(query, requires_grad=True)
-    depth_attention(query, key_norm, tuple(sources), "sum", EPS).sum().backward()
+    attend(query, key_norm, tuple(sources), "sum", EPS).sum().backward()
     assert query.grad.abs().min() > 0
     # The key norm has none while the query is zero: it only scales the query
     assert key_norm.grad.abs().max() == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gradients_of_half_precision_are_rounded_once_at_the_end(dtype):
+    tensors = inputs(4, dtype, seed=3)
+    exact_tensors = [tensor.detach().double().requires_grad_() for tensor in tensors]
+    streaming_depth_attention(tensors[0], tensors[1], tuple(tensors[2:]), "sum", EPS).backward(
+        torch.ones(2, 5, 16, dtype=dtype)
+    )
+    formula(*exact_tensors, scale="sum").sum().backward()
+    for tensor, exact in zip(tensors, exact_tensors):
+        assert tensor.grad.dtype == dtype
+        tolerance = torch.finfo(dtype).eps / 2 * exact.grad.abs() + 1e-4 * exact.grad.abs().max()
+        assert ((tensor.grad.double() - exact.grad).abs() <= tolerance).all()
+
+
+def test_streaming_keeps_no_copy_of_the_sources():
+    query, key_norm, *sources = inputs(6, shape=(4, 32, 64))
+    kept = {}
+    with saved_tensors_hooks(lambda tensor: kept.setdefault(tensor.data_ptr(), tensor), lambda tensor: tensor):
+        streaming_depth_attention(query, key_norm, tuple(sources), "sum", EPS)
+    own = {tensor.data_ptr() for tensor in (query, key_norm, *sources)}
+    # Two numbers for each token and source
+    assert sum(tensor.numel() for pointer, tensor in kept.items() if pointer not in own) == 2 * 6 * 4 * 32
+
+
+def test_streaming_is_differentiable_once():
+    query, key_norm, *sources = inputs(3)
+    output = streaming_depth_attention(query, key_norm, tuple(sources), "sum", EPS)
+    (gradient,) = torch.autograd.grad(output.square().sum(), query, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+def formula_as_operator(query, key_norm, sources, scale, eps):
+    return formula(query, key_norm, *sources, scale=scale)
+
+
+def test_streaming_takes_functional_gradients():
+    tensors = [tensor.detach() for tensor in inputs(3)]
+
+    def loss(attend, *tensors):
+        return attend(tensors[0], tensors[1], tensors[2:], "mean", EPS).square().sum()
+
+    ours = torch.func.grad(loss, argnums=1)(streaming_depth_attention, *tensors)
+    expected = torch.func.grad(loss, argnums=1)(formula_as_operator, *tensors)
+    assert (ours - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("scale", ["sum", "mean"])
+@pytest.mark.parametrize("shape", [(1, 1, 64), (2, 700, 64)], ids=["few tokens", "many tokens"])
+def test_the_module_computes_the_formula_for_few_and_for_many_tokens(shape, scale):
+    query, key_norm, *sources = inputs(3, shape=shape)
+    module = DepthAttention(AttnResConfig(hidden_size=64, attn_res_scale=scale))
+    module.load_state_dict({"query": query, "key_norm": key_norm})
+    expected = formula(query, key_norm, *sources, scale=scale)
+    output = module(*sources)
+    assert (output - expected).abs().max() < 2e-6 * expected.abs().max()
+    # A prefill and a training step go from source to source, a decoding step makes the fewest calls
+    assert ("StreamingDepthAttention" in str(output.grad_fn.next_functions)) == (shape[1] == 700)
+
+
+@pytest.mark.parametrize("scale", ["sum", "mean"])
+def test_fused_asks_fla_for_the_same(scale, monkeypatch):
+    """The kernel runs on CUDA only; fla's own reference takes the same arguments and stands in for it."""
+    monkeypatch.setattr(fla.ops.attnres, "fused_attnres", naive_attnres)
+    query, key_norm, *sources = inputs(3)
+    output = fused_depth_attention(query, key_norm, tuple(sources), scale, EPS)
+    torch.testing.assert_close(
+        output, formula(query, key_norm, *sources, scale=scale), rtol=1e-5, atol=1e-5, check_dtype=False
+    )
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="fla's kernel runs on a CUDA device")
+@pytest.mark.parametrize("scale", ["sum", "mean"])
+def test_fused_on_cuda(scale):
+    tensors = [tensor.detach().cuda().requires_grad_() for tensor in inputs(5, shape=(2, 50, 64))]
+    expected_tensors = [tensor.detach().double().requires_grad_() for tensor in tensors]
+    module = DepthAttention(AttnResConfig(hidden_size=64, attn_res_scale=scale, attn_res_implementation="fused")).cuda()
+    module.query, module.key_norm = (torch.nn.Parameter(tensor) for tensor in tensors[:2])
+    output, expected = module(*tensors[2:]), formula(*expected_tensors, scale=scale)
+    assert (output - expected).abs().max() < 1e-5 * expected.abs().max()
+    output.sum().backward()
+    expected.sum().backward()
+    for tensor, expected_tensor in zip((module.query, module.key_norm, *tensors[2:]), expected_tensors):
+        assert (tensor.grad - expected_tensor.grad).abs().max() < 1e-4 * expected_tensor.grad.abs().max()
+
+
+def test_fused_without_cuda_or_without_fla_says_what_is_missing(monkeypatch):
+    query, key_norm, *sources = inputs(2)
+    module = DepthAttention(AttnResConfig(attn_res_implementation="fused"))
+    with pytest.raises(ValueError, match="`attn_res_implementation` is 'fused'.*'cpu'.*Choose 'auto' or 'eager'"):
+        module(*sources)
+    monkeypatch.setitem(sys.modules, "fla.ops.attnres", None)
+    with pytest.raises(
+        ImportError, match="`attn_res_implementation` is 'fused'.*pip install -U flash-linear-attention"
+    ):
+        fused_depth_attention(query, key_norm, tuple(sources), "sum", EPS)

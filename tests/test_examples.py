@@ -60,3 +60,30 @@ def test_a_base_from_scratch_retrofitted_trained_on_and_generating(real_text, tm
     tokens = model.generate(**inputs, max_new_tokens=5, do_sample=False)[0, inputs["input_ids"].shape[1] :]
     expected = AutoTokenizer.from_pretrained(tmp_path / "trained").decode(tokens)
     assert run("generate.py", tmp_path / "trained", "import", "--max-new-tokens", 5).strip() == expected.strip()
+
+
+def test_benchmark(tmp_path):
+    output = run(
+        "benchmark.py", "--size", "tiny", "--sequence", 16, "--rounds", 1, "--output", tmp_path / "figures.json"
+    )
+    results = json.loads((tmp_path / "figures.json").read_text())["results"]
+    names = ["base", "8 blocks", "8 blocks, einsum as published", "8 blocks, fla, naive"]
+    rows = [(row["measurement"], row["variant"]) for row in results]
+    assert rows == [(measurement, name) for measurement in ("prefill", "decode", "training step") for name in names]
+    assert all(len(row["seconds"]) == 1 and row["peak_bytes"] > 0 for row in results)
+    assert all(row["variant"] in output for row in results)
+
+
+def test_the_models_of_the_benchmark_compute_the_same():
+    import torch
+    from benchmark import PEERS, SIZES, attnres_of
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    base = LlamaForCausalLM(LlamaConfig(**SIZES["tiny"], vocab_size=99)).eval()
+    tokens = torch.arange(20)[None]
+    logits = []
+    for operator in (None, *PEERS.values()):
+        torch.manual_seed(0)
+        logits.append(attnres_of(base, "2", operator)(tokens).logits)
+    for other in logits[1:]:
+        torch.testing.assert_close(other, logits[0], rtol=0, atol=1e-5)

@@ -3,6 +3,7 @@ with trained ones where the two ways have to agree."""
 
 import copy
 import pickle
+import sys
 
 import pytest
 import torch
@@ -363,8 +364,72 @@ def test_weights_can_stay_on_disk(base, tokens, tmp_path):
 
 
 @both_types
-def test_compiles_without_a_graph_break(base, attn_res, tokens):
+@pytest.mark.parametrize("streaming_size", [0, 2**16], ids=["streaming", "stacked"])
+def test_compiles_without_a_graph_break(base, attn_res, streaming_size, tokens, monkeypatch):
+    """A forward pass and a training step, with either way of the depth attention."""
+    monkeypatch.setattr(sys.modules[DepthAttention.__module__], "STREAMING_SIZE", streaming_size)
     model = trained(base, **attn_res)
-    expected = model(**tokens).logits
+    labels = tokens["input_ids"]
+    expected = model(**tokens, labels=labels)
+    gradients = torch.autograd.grad(expected.loss, list(model.parameters()))
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(**tokens).logits, expected, rtol=0, atol=1e-5)
+    output = compiled(**tokens, labels=labels)
+    torch.testing.assert_close(output.logits, expected.logits, rtol=0, atol=1e-5)
+    for ours, theirs in zip(torch.autograd.grad(output.loss, list(model.parameters())), gradients):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@both_types
+@torch.no_grad()
+def test_compiled_decoding_compiles_once(base, attn_res):
+    """One graph for the prompt and one for all later tokens, with a static cache."""
+    model = trained(base, **attn_res)
+    prompt = torch.tensor([[1, 5, 3, 8]])
+    options = {"max_new_tokens": 12, "do_sample": False, "cache_implementation": "static"}
+    expected = model.generate(prompt, **options)
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    model.forward = torch.compile(model.forward, fullgraph=True, dynamic=False, backend=count)
+    assert torch.equal(model.generate(prompt, **options), expected)
+    assert len(graphs) == 2
+
+
+@both_types
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_streaming_under_gradient_checkpointing(base, attn_res, use_reentrant, tokens, monkeypatch):
+    monkeypatch.setattr(sys.modules[DepthAttention.__module__], "STREAMING_SIZE", 0)
+    model = trained(base, **attn_res).train()
+    labels = tokens["input_ids"]
+    expected = torch.autograd.grad(model(**tokens, labels=labels).loss, list(model.parameters()))
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    model(**tokens, labels=labels).loss.backward()
+    for parameter, gradient in zip(model.parameters(), expected):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_blocks_are_kept_once_and_not_once_for_each_layer(checkpointing, monkeypatch):
+    """What a training step keeps beside the base's: per layer the running sum, twice, and two numbers per source."""
+    monkeypatch.setattr(sys.modules[DepthAttention.__module__], "STREAMING_SIZE", 0)
+    base = tiny_base("llama", num_hidden_layers=12)
+    input_ids = torch.ones(4, 64, dtype=torch.long)
+
+    def kept(model):
+        if checkpointing:
+            model.train().gradient_checkpointing_enable({"use_reentrant": False})
+        tensors = {}
+        pack = lambda tensor: tensors.setdefault(tensor.untyped_storage().data_ptr(), tensor)  # noqa: E731
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            model(input_ids, use_cache=False)
+        return sum(tensor.untyped_storage().nbytes() for tensor in tensors.values())
+
+    of_the_base = kept(base)
+    of_attnres = kept(trained(base, attn_res_block_size=1))
+    source = 4 * 64 * TINY["hidden_size"] * 4
+    numbers = sum(2 * (2 * layer + 3) for layer in range(12)) * 4 * 64 * 4
+    parameters = 26 * 2 * TINY["hidden_size"] * 4
+    assert of_attnres - of_the_base <= 2 * 13 * source + numbers + parameters

@@ -11,6 +11,7 @@ import torch
 from conftest import AUTO_CLASSES, attnres_of, randomise_depth_attention, tiny_base
 from safetensors.torch import load_file, save_file
 from test_conversion import save_base
+from transformers.dynamic_module_utils import get_imports
 
 from attnres_conversion import retrofit
 
@@ -121,7 +122,13 @@ except ValueError as error:
 def test_the_code_that_travels_imports_torch_and_transformers_alone(tmp_path):
     output = retrofit(save_base(tmp_path / "base"), tmp_path / "attnres")
     files = {path.name: ast.parse(path.read_text()) for path in output.glob("*.py")}
-    assert files.keys() == {"configuration_attnres.py", "depth_attention.py", "modeling_attnres.py"}
+    assert files.keys() == {
+        "configuration_attnres.py",
+        "depth_attention.py",
+        "fused_depth_attention.py",
+        "modeling_attnres.py",
+        "streaming_depth_attention.py",
+    }
     imported = set()
     for tree in files.values():
         for node in ast.walk(tree):
@@ -130,5 +137,8 @@ def test_the_code_that_travels_imports_torch_and_transformers_alone(tmp_path):
             elif isinstance(node, ast.ImportFrom) and node.level == 0:
                 imported.add(node.module)
     standard = {name for name in imported if name.split(".")[0] in sys.stdlib_module_names}
-    assert {name.split(".")[0] for name in imported - standard} == {"torch", "transformers", "huggingface_hub"}
+    required = {"torch", "transformers", "huggingface_hub"}
+    assert {name.split(".")[0] for name in imported - standard} == {*required, "fla"}
+    # fla is optional: what transformers asks for before it runs the code leaves it out
+    assert not any("fla" in get_imports(path) for path in output.glob("*.py"))
     assert standard == {"math", "typing"}

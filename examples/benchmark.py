@@ -1,0 +1,225 @@
+"""What AttnRes costs: a model with depth attention against its own base, side by side in one process.
+
+    python examples/benchmark.py --size hidden-1024 --sequence 512 --output figures.json
+
+Base and AttnRes share their weights and take turns, A B C A B C. Time: the median over the rounds of the ratio to the
+base in the same round (least and greatest). Memory: the greatest resident set (on a GPU: allocated) while it runs.
+"""
+
+import argparse
+import ctypes
+import gc
+import json
+import os
+import platform
+import statistics
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+import transformers
+from tqdm import tqdm
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from modeling_attnres import AttnResConfig, AttnResForCausalLM, DepthAttention
+
+
+SIZES = {
+    "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4},
+    "hidden-1024": {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 16, "num_attention_heads": 16},
+    "llama-3.2-1b": {
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+        "tie_word_embeddings": True,
+    },
+}
+
+
+def einsum_as_published(query, key_norm, sources, scale, eps):
+    """The paper's listing: all sources in one stack."""
+    values = torch.stack(sources)
+    keys = torch.nn.functional.rms_norm(values, values.shape[-1:], key_norm, eps)
+    weights = torch.einsum("d,n b t d -> n b t", query, keys).softmax(dim=0)
+    output = torch.einsum("n b t, n b t d -> b t d", weights, values)
+    return output * len(sources) if scale == "sum" else output
+
+
+def fla_naive(query, key_norm, sources, scale, eps):
+    from fla.ops.attnres import naive_attnres  # takes seconds: only for who wants it
+
+    output = naive_attnres(query, sources, key_norm, rms_eps=eps)
+    return output * len(sources) if scale == "sum" else output
+
+
+PEERS = {"einsum as published": einsum_as_published, "fla, naive": fla_naive}
+
+
+def attnres_of(base: LlamaForCausalLM, blocks: str, operator=None) -> AttnResForCausalLM:
+    """An AttnRes model that shares the base's weights, has random queries, and may compute them by another operator."""
+    layers = base.config.num_hidden_layers
+    shape = {"attn_res_type": "full"} if blocks == "full" else {"attn_res_block_size": max(1, layers // int(blocks))}
+    config = AttnResConfig.from_base_config(base.config, **shape)
+    with torch.device("meta"):
+        model = AttnResForCausalLM(config)
+    weights = base.state_dict()
+    for name in model.state_dict().keys() - weights.keys():
+        new = torch.ones if name.endswith("key_norm") else lambda *size, **where: 0.02 * torch.randn(*size, **where)
+        weights[name] = new(config.hidden_size, device=base.device, dtype=base.dtype)
+    model.load_state_dict(weights, assign=True)
+    model.tie_weights()
+    model.model.rotary_emb = base.model.rotary_emb
+    for module in model.modules():
+        if isinstance(module, DepthAttention) and operator is not None:
+            module.forward = partial(compute_by, operator, module)
+    return model
+
+
+def compute_by(operator, module: DepthAttention, *sources: torch.Tensor) -> torch.Tensor:
+    return operator(module.query, module.key_norm, sources, module.scale, module.eps)
+
+
+class PeakMemory:
+    """The greatest resident set of this process, or what a GPU had allocated, in bytes."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+
+    def __enter__(self):
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            # What is free goes back to the system, and the kernel's high-water mark is set anew
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
+            Path("/proc/self/clear_refs").write_text("5")
+        return self
+
+    def __exit__(self, *_):
+        if self.device.type == "cuda":
+            self.bytes = torch.cuda.max_memory_allocated()
+        else:
+            status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+            self.bytes = int(status["VmHWM"].split()[0]) * 1024
+
+
+def prefill(model: torch.nn.Module, tokens: torch.Tensor):
+    with torch.no_grad():
+        model(tokens, logits_to_keep=1)
+
+
+def decode(model: torch.nn.Module, tokens: torch.Tensor):
+    model.generate(tokens[:, :8], max_new_tokens=32, min_new_tokens=32, do_sample=False, pad_token_id=0)
+
+
+def training_step(model: torch.nn.Module, tokens: torch.Tensor):
+    model(tokens, labels=tokens, use_cache=False).loss.backward()
+    torch.optim.SGD(model.parameters(), lr=1e-9).step()
+    model.zero_grad()
+
+
+MEASUREMENTS = {"prefill": prefill, "decode": decode, "training step": training_step}
+
+
+def measure(measurement: str, models: dict[str, torch.nn.Module], tokens: torch.Tensor, rounds: int) -> list[dict]:
+    """One row for each model: its seconds in every round and its peak memory, next to the base's."""
+
+    def run(model: torch.nn.Module) -> float:
+        start = time.perf_counter()
+        MEASUREMENTS[measurement](model, tokens)
+        if tokens.is_cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    progress = tqdm(total=len(models) * (rounds + 1), desc=measurement, leave=False, disable=None)
+    seconds, peak_bytes = {name: [] for name in models}, {}
+    for name, model in models.items():  # a warm-up, which the memory is read from
+        with PeakMemory(tokens.device) as peak:
+            run(model)
+        peak_bytes[name] = peak.bytes
+        progress.update()
+    for _ in range(rounds):
+        for name, model in models.items():
+            seconds[name].append(run(model))
+            progress.update()
+    progress.close()
+
+    rows = []
+    for name in models:
+        ratios = [own / base for own, base in zip(seconds[name], seconds["base"])]
+        rows.append(
+            {
+                "measurement": measurement,
+                "variant": name,
+                "sequence": tokens.shape[1],
+                "seconds": seconds[name],
+                "ratio": statistics.median(ratios),
+                "least": min(ratios),
+                "greatest": max(ratios),
+                "peak_bytes": peak_bytes[name],
+                "memory_ratio": peak_bytes[name] / peak_bytes["base"],
+            }
+        )
+    return rows
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=SIZES, default="hidden-1024")
+    parser.add_argument("--sequence", nargs="+", type=int, default=[512], help="tokens")
+    parser.add_argument("--blocks", nargs="+", default=["8"], help="numbers of blocks, or `full`")
+    parser.add_argument("--measure", nargs="+", choices=MEASUREMENTS, default=list(MEASUREMENTS))
+    parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS), help="for the first of `--blocks`")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--gradient-checkpointing", action="store_true")
+    parser.add_argument("--compile", action="store_true", help="compile the forward passes")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--output", type=Path, help="JSON file for the figures")
+    args = parser.parse_args()
+
+    torch.manual_seed(0)
+    base = LlamaForCausalLM(LlamaConfig(**SIZES[args.size])).to(args.device, getattr(torch, args.dtype))
+    models = {"base": base}
+    for blocks in args.blocks:
+        models[blocks if blocks == "full" else f"{blocks} blocks"] = attnres_of(base, blocks)
+    for peer in args.peers:
+        models[f"{args.blocks[0]} blocks, {peer}"] = attnres_of(base, args.blocks[0], PEERS[peer])
+    for model in models.values():
+        if args.gradient_checkpointing:
+            model.train().gradient_checkpointing_enable()
+        if args.compile:
+            model.forward = torch.compile(model.forward, fullgraph=True)
+
+    machine = {
+        "machine": torch.cuda.get_device_name() if args.device == "cuda" else platform.machine(),
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "parameters": base.num_parameters(),
+    }
+    options = {"size": args.size, "dtype": args.dtype, "gradient_checkpointing": args.gradient_checkpointing}
+    print(*(f"{name}: {value}" for name, value in {**machine, **options}.items()), sep=", ")
+    print("\n| | tokens | | seconds | of the base's time | of its peak memory |\n|---|---|---|---|---|---|")
+    rows = []
+    for length in args.sequence:
+        tokens = torch.randint(0, base.config.vocab_size, (1, length), device=args.device)
+        for name in args.measure:
+            for row in measure(name, models, tokens, args.rounds):
+                rows.append({**options, "compiled": args.compile, **row})
+                print(
+                    f"| {name} | {length} | {row['variant']} | {statistics.median(row['seconds']):.3g} | "
+                    f"{row['ratio']:.3f} ({row['least']:.3f} to {row['greatest']:.3f}) | {row['memory_ratio']:.3f} |",
+                    flush=True,
+                )
+    if args.output:
+        args.output.write_text(json.dumps({**machine, "results": rows}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

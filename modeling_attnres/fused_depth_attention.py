@@ -1,0 +1,31 @@
+# Copyright 2026 The modeling_attnres authors. Licensed under the Apache License, Version 2.0.
+"""Depth attention by the fused kernel of flash-linear-attention, an optional package, on a GPU."""
+
+import torch
+
+
+def fused_depth_attention(
+    query: torch.Tensor,
+    key_norm: torch.Tensor,
+    sources: tuple[torch.Tensor, ...],
+    scale: str,
+    eps: float,
+) -> torch.Tensor:
+    r"""
+    Takes and gives what [`depth_attention`] does. The kernel gives the mean in the sources' dtype, so that in half
+    precision `scale="sum"` rounds twice.
+
+    Raises:
+        `ImportError`: the package is not there, or too old.
+    """
+    try:
+        # Not at the top of the file: it takes seconds
+        from fla.ops.attnres import fused_attnres
+    except ImportError as error:
+        raise ImportError(
+            "`attn_res_implementation` is 'fused', which needs the package flash-linear-attention, 0.6 or newer: "
+            "`pip install -U flash-linear-attention`, or choose 'eager'."
+        ) from error
+
+    output = fused_attnres(query, sources, key_norm, rms_eps=eps)
+    return output * len(sources) if scale == "sum" else output
