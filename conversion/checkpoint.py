@@ -29,6 +29,7 @@ REPLACED = "attnres_base"
 
 # Weights in other formats and the state of a training run: none of it is part of the checkpoint
 _LEFT_BEHIND = ("*.bin", "*.ckpt", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.ot", "*.pt", "*.pth", "*.bin.index.json")
+_FOLDERS_LEFT_BEHIND = ("checkpoint-*", "runs")
 
 
 @dataclass
@@ -51,6 +52,7 @@ class Checkpoint:
             file
             for file in files
             if not any(part.startswith(".") for part in file.parts)
+            and not any(folder.match(pattern) for folder in file.parents for pattern in _FOLDERS_LEFT_BEHIND)
             and not any(file.match(pattern) for pattern in (*_LEFT_BEHIND, "*.safetensors"))
             and str(file) not in (CONFIG, INDEX)
         ]

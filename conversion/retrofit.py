@@ -123,6 +123,11 @@ def _plan(base: Checkpoint, attn_res: dict[str, Any]) -> tuple["AttnResConfig", 
 
     if base.config["model_type"] == "attnres":
         raise ValueError(f"{base.folder} is an AttnRes checkpoint already: its `model_type` is 'attnres'.")
+    if (base.folder / "adapter_config.json").exists():
+        raise ValueError(
+            f"{base.folder} holds a PEFT adapter (adapter_config.json) beside its weights, which transformers would "
+            "load with them: merge it (`merge_and_unload`), or take the base without it."
+        )
     config = AttnResConfig.from_dict({**base.config, **attn_res})
     base_auto_map = base.config.get("auto_map") or {}
     if any(name.startswith("AutoModel") for name in base_auto_map):
@@ -188,9 +193,10 @@ def _tokenizer_config(base: Checkpoint) -> dict[str, Any]:
 
 
 def _save_tensors(tensors: dict[str, "torch.Tensor"], path: Path) -> None:
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
-    save_file(tensors, path, metadata={"format": "pt"})
+    # `save_file` would let nobody else read the file
+    path.write_bytes(save(tensors, metadata={"format": "pt"}))
 
 
 def code_files() -> list[Path]:

@@ -79,14 +79,16 @@ def _base_shards(checkpoint: Checkpoint, attn_res: set[str]) -> dict[str, str]:
     if not (replaced / CONFIG).is_file():
         return {}
     weight_map = {name: shard for name, shard in checkpoint.weights.weight_map.items() if name not in attn_res}
-    base_weight_map = dict.fromkeys(weight_map, SINGLE_SHARD)
+    base_weight_maps = [dict.fromkeys(weight_map, SINGLE_SHARD)]
     if (replaced / INDEX).is_file():
-        base_weight_map = read_json(replaced / INDEX)["weight_map"]
-    names = sorted(set(base_weight_map.values()))
-    renamed = {name: shard_name(i, len(names) + 1) for i, name in enumerate(names, 1)}
-    if {name: renamed[shard] for name, shard in base_weight_map.items()} != weight_map:
-        return {}
-    return {shard: name for name, shard in renamed.items()}
+        # Of no meaning where it was left beside a single file
+        base_weight_maps.insert(0, read_json(replaced / INDEX)["weight_map"])
+    for base_weight_map in base_weight_maps:
+        names = sorted(set(base_weight_map.values()))
+        renamed = {name: shard_name(i, len(names) + 1) for i, name in enumerate(names, 1)}
+        if {name: renamed[shard] for name, shard in base_weight_map.items()} == weight_map:
+            return {shard: name for name, shard in renamed.items()}
+    return {}
 
 
 def _refuse_trained_queries(checkpoint: Checkpoint, attn_res: set[str]) -> None:

@@ -11,8 +11,7 @@ from transformers import (
 )
 
 from .configuration_attnres import AttnResConfig
-from .depth_attention import DepthAttention, depth_attention
-from .fused_depth_attention import fused_depth_attention
+from .depth_attention import DepthAttention
 from .modeling_attnres import (
     AttnResForCausalLM,
     AttnResForQuestionAnswering,
@@ -21,7 +20,6 @@ from .modeling_attnres import (
     AttnResModel,
     AttnResPreTrainedModel,
 )
-from .streaming_depth_attention import streaming_depth_attention
 
 
 AutoConfig.register("attnres", AttnResConfig)
@@ -40,7 +38,4 @@ __all__ = [
     "AttnResModel",
     "AttnResPreTrainedModel",
     "DepthAttention",
-    "depth_attention",
-    "fused_depth_attention",
-    "streaming_depth_attention",
 ]

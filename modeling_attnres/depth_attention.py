@@ -3,9 +3,8 @@
 
 import torch
 from torch import nn
-from transformers.utils.import_utils import is_flash_linear_attention_available
 
-from .fused_depth_attention import fused_depth_attention
+from .fused_depth_attention import fused_depth_attention, fused_kernel
 from .streaming_depth_attention import streaming_depth_attention
 
 
@@ -57,7 +56,7 @@ def choose_implementation(name: str, source: torch.Tensor):
     if name == "auto":
         # A compiler fuses by itself; the kernel computes in float32
         takes_kernel = source.is_cuda and source.dtype != torch.float64 and not torch.compiler.is_compiling()
-        name = "fused" if takes_kernel and is_flash_linear_attention_available() else "eager"
+        name = "fused" if takes_kernel and fused_kernel() is not None else "eager"
     if name == "eager":
         return streaming_depth_attention if source.numel() > STREAMING_SIZE else depth_attention
     if not source.is_cuda:

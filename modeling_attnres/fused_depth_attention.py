@@ -1,7 +1,21 @@
 # Copyright 2026 The modeling_attnres authors. Licensed under the Apache License, Version 2.0.
 """Depth attention by the fused kernel of flash-linear-attention, an optional package, on a GPU."""
 
+from collections.abc import Callable
+from functools import cache
+
 import torch
+
+
+@cache
+def fused_kernel() -> Callable | None:
+    """The package's function, or none where it is not there or too old."""
+    try:
+        # Not at the top of the file: it takes seconds
+        from fla.ops.attnres import fused_attnres
+    except ImportError:
+        return None
+    return fused_attnres
 
 
 def fused_depth_attention(
@@ -18,14 +32,11 @@ def fused_depth_attention(
     Raises:
         `ImportError`: the package is not there, or too old.
     """
-    try:
-        # Not at the top of the file: it takes seconds
-        from fla.ops.attnres import fused_attnres
-    except ImportError as error:
+    kernel = fused_kernel()
+    if kernel is None:
         raise ImportError(
             "`attn_res_implementation` is 'fused', which needs the package flash-linear-attention, 0.6 or newer: "
             "`pip install -U flash-linear-attention`, or choose 'eager'."
-        ) from error
-
-    output = fused_attnres(query, sources, key_norm, rms_eps=eps)
+        )
+    output = kernel(query, sources, key_norm, rms_eps=eps)
     return output * len(sources) if scale == "sum" else output

@@ -15,7 +15,7 @@ from transformers import (
 )
 from transformers import initialization as init
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
-from transformers.masking_utils import create_masks_for_generate
+from transformers.masking_utils import create_causal_mask, create_masks_for_generate
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
     GenericForSequenceClassification,
@@ -23,6 +23,7 @@ from transformers.modeling_layers import (
     GradientCheckpointingLayer,
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast, MoeCausalLMOutputWithPast, MoeModelOutputWithPast
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.generic import merge_with_config_defaults
@@ -131,9 +132,8 @@ class AttnResPreTrainedModel(PreTrainedModel):
             OutputRecorder(AttnResDecoderLayer, capture_initial_hidden_state=False),
             OutputRecorder(DepthAttention, layer_name="output_res", capture_initial_hidden_state=False),
         ],
-        # By name, since the class is the base's
-        "attentions": "self_attn",
         # As each base does it that comes along
+        "attentions": [],
         "router_logits": [],
     }
 
@@ -142,9 +142,10 @@ class AttnResPreTrainedModel(PreTrainedModel):
         for name in BASE_MODEL_FLAGS:
             if hasattr(base_class, name):
                 setattr(self, name, getattr(base_class, name))
-        router_recorder = (base_class._can_record_outputs or {}).get("router_logits")
-        if router_recorder is not None and router_recorder not in self._can_record_outputs["router_logits"]:
-            self._can_record_outputs["router_logits"].append(router_recorder)
+        for name in ("attentions", "router_logits"):
+            recorder = base_class._can_record_outputs.get(name)
+            if recorder is not None and recorder not in self._can_record_outputs[name]:
+                self._can_record_outputs[name].append(recorder)
         super().__init__(config, *args, **kwargs)
         self.use_base_checkpoint_layout()
 
@@ -197,6 +198,9 @@ class AttnResModel(AttnResPreTrainedModel):
             AttnResDecoderLayer(config, base_layer, layer_idx) for layer_idx, base_layer in enumerate(base_layers)
         )
         self.output_res = DepthAttention(config)
+        # Other bases ignore a window that came along in their config.json
+        base_config_class = CONFIG_MAPPING[config.base_model_type]
+        self.has_windows = hasattr(base_config_class, "sliding_window") or hasattr(base_config_class, "layer_types")
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -243,9 +247,8 @@ class AttnResModel(AttnResPreTrainedModel):
         # One mask, or one for each type of layer
         masks = attention_mask
         if not isinstance(masks, dict):
-            masks = create_masks_for_generate(
-                self.config, inputs_embeds, attention_mask, past_key_values, position_ids=position_ids
-            )
+            create_masks = create_masks_for_generate if self.has_windows else create_causal_mask
+            masks = create_masks(self.config, inputs_embeds, attention_mask, past_key_values, position_ids=position_ids)
         if hasattr(self, "rotary_emb"):
             kwargs["position_embeddings"] = self.rotary_emb(inputs_embeds, position_ids=position_ids)
 
@@ -348,6 +351,10 @@ class AttnResForCausalLM(AttnResPreTrainedModel, GenerationMixin):
                 past_key_values = None
                 kwargs["next_sequence_length"] = None
         return super().prepare_inputs_for_generation(input_ids, past_key_values=past_key_values, **kwargs)
+
+
+# Trainer's label smoothing and `transformers serve` know a causal language model by the name of its class
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[AttnResConfig.model_type] = AttnResForCausalLM.__name__
 
 
 class AttnResGenericHead(AttnResPreTrainedModel):

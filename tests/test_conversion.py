@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -296,6 +297,48 @@ def test_a_tokenizer_that_cannot_be_loaded_is_left_as_it_is(tmp_path):
     with pytest.warns(UserWarning, match="tokenizer of .*base cannot be loaded"):
         output = retrofit(base, tmp_path / "attnres")
     assert (output / "tokenizer.json").read_text() == "{}"
+    with pytest.warns(UserWarning, match="tokenizer of .*base cannot be loaded and was not compared"):
+        assert verify(base, output).passed
+
+
+def test_the_code_of_a_tokenizer_is_not_run(tmp_path):
+    base = save_base(tmp_path / "base")
+    ran = tmp_path / "ran"
+    (base / "tokenization.py").write_text(f"open({str(ran)!r}, 'w')\nclass Own: ...\n")
+    auto_map = {"AutoTokenizer": ["tokenization.Own", None]}
+    (base / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "Own", "auto_map": auto_map}))
+    output = retrofit(base, tmp_path / "attnres")
+    with pytest.warns(UserWarning, match="tokenizer of .*base cannot be loaded and was not compared"):
+        assert verify(base, output).passed
+    assert not ran.exists()
+
+
+def test_what_a_training_run_leaves_stays_behind(base_folder, tmp_path):
+    for file in ("checkpoint-5/config.json", "checkpoint-5/trainer_state.json", "runs/Nov24/events"):
+        (base_folder / file).parent.mkdir(parents=True, exist_ok=True)
+        (base_folder / file).write_text("{}")
+    output = retrofit(base_folder, tmp_path / "attnres")
+    assert not (output / "checkpoint-5").exists() and not (output / "runs").exists()
+
+
+def test_who_may_read_the_base_may_read_all_of_the_retrofit(base_folder, tmp_path):
+    (base_folder / "config.json").chmod(0o644)
+    output = retrofit(base_folder, tmp_path / "attnres")
+    umask = os.umask(0)
+    os.umask(umask)
+    assert {stat.S_IMODE(file.stat().st_mode) for file in output.iterdir() if file.is_file()} == {0o666 & ~umask}
+
+
+def test_an_index_left_beside_a_single_file(tmp_path):
+    """transformers leaves it there when it saves one file over shards."""
+    base = save_base(tmp_path / "base", sharded=True)
+    (base / "pytorch_model.bin").unlink()
+    AutoModelForCausalLM.from_pretrained(base).save_pretrained(base)
+    assert (base / "model.safetensors.index.json").exists() and (base / "model.safetensors").exists()
+    output = retrofit(base, tmp_path / "attnres")
+    assert verify(base, output).passed
+    revert(output, tmp_path / "reverted")
+    assert file_bytes(tmp_path / "reverted") == file_bytes(base)
 
 
 def test_a_base_with_model_code_of_its_own(tmp_path):
@@ -444,6 +487,7 @@ DAMAGE = {
         "only a causal language model",
     ),
     "other weights": (other_weights, ValueError, "no tensor 'model.embed_tokens.weight'"),
+    "adapter": (lambda f: (f / "adapter_config.json").write_text("{}"), ValueError, "holds a PEFT adapter"),
 }
 
 
@@ -520,7 +564,7 @@ def test_a_failure_half_way_leaves_nothing(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("safetensors.torch.save_file", fail)
+        patch.setattr("safetensors.torch.save", fail)
         with pytest.raises(OSError, match="No space left"):
             retrofit(folder, tmp_path / "attnres")
     assert [path.name for path in tmp_path.iterdir()] == ["base"]

@@ -1,6 +1,7 @@
 """The operators against fla's reference and a float64 formula, in value and gradient."""
 
 import sys
+from types import SimpleNamespace
 
 import fla.ops.attnres
 import pytest
@@ -8,13 +9,10 @@ import torch
 from fla.ops.attnres import naive_attnres
 from torch.autograd.graph import saved_tensors_hooks
 
-from modeling_attnres import (
-    AttnResConfig,
-    DepthAttention,
-    depth_attention,
-    fused_depth_attention,
-    streaming_depth_attention,
-)
+from modeling_attnres import AttnResConfig, DepthAttention
+from modeling_attnres.depth_attention import choose_implementation, depth_attention
+from modeling_attnres.fused_depth_attention import fused_depth_attention, fused_kernel
+from modeling_attnres.streaming_depth_attention import streaming_depth_attention
 
 
 EPS = 1e-6
@@ -190,8 +188,15 @@ def test_the_module_computes_the_formula_for_few_and_for_many_tokens(shape, scal
     assert ("StreamingDepthAttention" in str(output.grad_fn.next_functions)) == (shape[1] == 700)
 
 
+@pytest.fixture
+def fla_is_imported_anew():
+    fused_kernel.cache_clear()
+    yield
+    fused_kernel.cache_clear()
+
+
 @pytest.mark.parametrize("scale", ["sum", "mean"])
-def test_fused_asks_fla_for_the_same(scale, monkeypatch):
+def test_fused_asks_fla_for_the_same(scale, fla_is_imported_anew, monkeypatch):
     """The kernel runs on CUDA only; fla's own reference takes the same arguments and stands in for it."""
     monkeypatch.setattr(fla.ops.attnres, "fused_attnres", naive_attnres)
     query, key_norm, *sources = inputs(3)
@@ -216,13 +221,15 @@ def test_fused_on_cuda(scale):
         assert (tensor.grad - expected_tensor.grad).abs().max() < 1e-4 * expected_tensor.grad.abs().max()
 
 
-def test_fused_without_cuda_or_without_fla_says_what_is_missing(monkeypatch):
+def test_fused_without_cuda_or_without_fla_says_what_is_missing(fla_is_imported_anew, monkeypatch):
     query, key_norm, *sources = inputs(2)
     module = DepthAttention(AttnResConfig(attn_res_implementation="fused"))
     with pytest.raises(ValueError, match="`attn_res_implementation` is 'fused'.*'cpu'.*Choose 'auto' or 'eager'"):
         module(*sources)
-    monkeypatch.setitem(sys.modules, "fla.ops.attnres", None)
+    monkeypatch.setitem(sys.modules, "fla.ops.attnres", None)  # as in an fla older than 0.6
     with pytest.raises(
         ImportError, match="`attn_res_implementation` is 'fused'.*pip install -U flash-linear-attention"
     ):
         fused_depth_attention(query, key_norm, tuple(sources), "sum", EPS)
+    on_cuda = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16, numel=lambda: 64)
+    assert choose_implementation("auto", on_cuda) is depth_attention

@@ -106,6 +106,29 @@ def test_router_logits_and_losses_are_the_base_s(family, tokens):
 
 
 @each_family
+@torch.no_grad()
+def test_attentions_are_the_base_s(family, tokens):
+    base = tiny_base(family, attn_implementation="eager")
+    model = attnres_of(base, attn_res_block_size=2)
+    model.set_attn_implementation("eager")
+    expected = base(**tokens, output_attentions=True).attentions
+    actual = model(**tokens, output_attentions=True).attentions
+    assert len(actual) == len(expected) > 0
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "granite", "llama", "qwen3_next", "seed_oss"])
+@torch.no_grad()
+def test_fields_that_the_base_ignores_are_ignored(family, tokens):
+    """Checkpoints that were made over to another family bring such fields along."""
+    for fields in ({"sliding_window": 3}, {"attention_chunk_size": 3}):
+        base = tiny_base(family, **fields)
+        expected = base(**tokens, use_cache=False).logits
+        actual = attnres_of(base, attn_res_block_size=2)(**tokens, use_cache=False).logits
+        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
+
+
+@each_family
 def test_every_parameter_learns(family, tokens):
     """One step of training: gradients are the base's, and each query has one."""
     base = tiny_base(family)
