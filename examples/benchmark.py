@@ -23,6 +23,7 @@ from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from modeling_attnres import AttnResConfig, AttnResForCausalLM, DepthAttention
+from modeling_attnres.streaming_depth_attention import streaming_depth_attention
 
 
 SIZES = {
@@ -56,7 +57,18 @@ def fla_naive(query, key_norm, sources, scale, eps):
     return output * len(sources) if scale == "sum" else output
 
 
+def flash_attn_res(query, key_norm, sources, scale, eps):
+    """Its first phase, for one query; it computes in bfloat16."""
+    from flash_attn_res import phase_1_batched_attention_triton_op
+
+    outputs, _ = phase_1_batched_attention_triton_op(torch.stack(sources), (query * key_norm)[None], eps)
+    output = outputs[0].to(sources[0].dtype)
+    return output * len(sources) if scale == "sum" else output
+
+
 PEERS = {"einsum as published": einsum_as_published, "fla, naive": fla_naive}
+# There AttnRes itself computes by fla's fused kernel
+CUDA_PEERS = {"plain PyTorch": streaming_depth_attention, "flash-attn-res": flash_attn_res}
 
 
 def attnres_of(base: LlamaForCausalLM, blocks: str, operator=None) -> AttnResForCausalLM:
@@ -173,7 +185,13 @@ def main():
     parser.add_argument("--sequence", nargs="+", type=int, default=[512], help="tokens")
     parser.add_argument("--blocks", nargs="+", default=["8"], help="numbers of blocks, or `full`")
     parser.add_argument("--measure", nargs="+", choices=MEASUREMENTS, default=list(MEASUREMENTS))
-    parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS), help="for the first of `--blocks`")
+    parser.add_argument(
+        "--peers",
+        nargs="*",
+        choices=PEERS | CUDA_PEERS,
+        default=[*PEERS, *(CUDA_PEERS if torch.cuda.is_available() else ())],
+        help="for the first of `--blocks`",
+    )
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--gradient-checkpointing", action="store_true")
@@ -188,7 +206,7 @@ def main():
     for blocks in args.blocks:
         models[blocks if blocks == "full" else f"{blocks} blocks"] = attnres_of(base, blocks)
     for peer in args.peers:
-        models[f"{args.blocks[0]} blocks, {peer}"] = attnres_of(base, args.blocks[0], PEERS[peer])
+        models[f"{args.blocks[0]} blocks, {peer}"] = attnres_of(base, args.blocks[0], (PEERS | CUDA_PEERS)[peer])
     for model in models.values():
         if args.gradient_checkpointing:
             model.train().gradient_checkpointing_enable()

@@ -72,17 +72,19 @@ def test_benchmark(tmp_path):
     assert rows == [(measurement, name) for measurement in ("prefill", "decode", "training step") for name in names]
     assert all(len(row["seconds"]) == 1 and row["peak_bytes"] > 0 for row in results)
     assert all(row["variant"] in output for row in results)
+    run("plot_benchmark.py", tmp_path / "figures.json", tmp_path / "figures.json", tmp_path / "plot" / "figure.png")
+    assert (tmp_path / "plot" / "figure.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_models_of_the_benchmark_compute_the_same():
     import torch
-    from benchmark import PEERS, SIZES, attnres_of
+    from benchmark import CUDA_PEERS, PEERS, SIZES, attnres_of
     from transformers import LlamaConfig, LlamaForCausalLM
 
     base = LlamaForCausalLM(LlamaConfig(**SIZES["tiny"], vocab_size=99)).eval()
     tokens = torch.arange(20)[None]
     logits = []
-    for operator in (None, *PEERS.values()):
+    for operator in (None, *PEERS.values(), CUDA_PEERS["plain PyTorch"]):
         torch.manual_seed(0)
         logits.append(attnres_of(base, "2", operator)(tokens).logits)
     for other in logits[1:]:
