@@ -38,7 +38,8 @@ def depth_attention(
     )
     # `q · RMSNorm(v)`, with the norm's weight taken to the query and its factor out of the product. No matrix product,
     # which autocast would compute in half precision
-    logits = (values * (query * key_norm)).sum(dim=-1) * (values.square().mean(dim=-1) + eps).rsqrt()
+    mean_squares = torch.linalg.vector_norm(values, dim=-1).square() / values.shape[-1]
+    logits = (values * (query * key_norm)).sum(dim=-1) * (mean_squares + eps).rsqrt()
     weights = logits.softmax(dim=0)
     if scale == "sum":
         # Before the sum: with a zero query each weight is then 1, and `h` the plain sum
