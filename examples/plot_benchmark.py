@@ -1,7 +1,7 @@
 """What AttnRes costs against the number of blocks and against the length of the sequence, as a picture.
 
-python examples/benchmark.py --blocks 2 4 8 16 full --peers --output blocks.json
-python examples/benchmark.py --sequence 128 512 2048 --peers --output sequences.json
+python examples/benchmark.py --blocks 2 4 8 16 full --measure prefill "training step" --peers --output blocks.json
+python examples/benchmark.py --sequence 128 512 2048 --measure prefill "training step" --peers --output sequences.json
 python examples/plot_benchmark.py blocks.json sequences.json examples/figures/benchmark.png
 """
 
@@ -24,6 +24,8 @@ def draw(axes: plt.Axes, rows: list[dict], label: str) -> None:
     places = list(dict.fromkeys(row[label] for row in rows))
     for measurement, marker in MARKERS.items():
         points = [row for row in rows if row["measurement"] == measurement]
+        if not points:
+            continue
         ratios = [row["ratio"] for row in points]
         spread = [[r["ratio"] - r["least"] for r in points], [r["greatest"] - r["ratio"] for r in points]]
         x = [places.index(row[label]) for row in points]
@@ -44,8 +46,8 @@ def main():
     for axes, file, label in ((left, args.blocks, "variant"), (right, args.sequences, "sequence")):
         rows = [row for row in json.loads(file.read_text())["results"] if row["variant"] != "base"]
         draw(axes, rows, label)
-    left.set(ylabel="time / the base's", title="number of blocks")
-    right.set(title="tokens")
+    left.set(ylabel="time / the base's", title="number of blocks (512 tokens)")
+    right.set(title="number of tokens (8 blocks)")
     left.legend()
     args.output.parent.mkdir(parents=True, exist_ok=True)
     plt.savefig(args.output, dpi=120)

@@ -292,6 +292,9 @@ class AttnResForCausalLM(AttnResPreTrainedModel, GenerationMixin):
     def __init__(self, config: AttnResConfig):
         super().__init__(config)
         self.model = AttnResModel(config)
+        # Logits, loss and auxiliary loss are the base's own: its head's forward is called on this model. Looked up
+        # here, since a compiler cannot look into transformers' mapping
+        self.base_class = MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[config.base_model_type]]
         self.vocab_size = config.vocab_size
         # What the head of a mixture of experts reads
         self.num_experts = getattr(config, "num_experts", getattr(config, "num_local_experts", None))
@@ -327,9 +330,7 @@ class AttnResForCausalLM(AttnResPreTrainedModel, GenerationMixin):
         """
         if labels is None:
             labels = kwargs.get("shift_labels")
-        # Logits, loss and auxiliary loss are the base's own: its head's forward is called on this model
-        base_class = MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[self.config.base_model_type]]
-        return base_class.forward(
+        return self.base_class.forward(
             self,
             input_ids=input_ids,
             attention_mask=attention_mask,

@@ -3,6 +3,7 @@ with trained ones where the two ways have to agree."""
 
 import copy
 import pickle
+import subprocess
 import sys
 
 import pytest
@@ -377,6 +378,20 @@ def test_compiles_without_a_graph_break(base, attn_res, streaming_size, tokens, 
     torch.testing.assert_close(output.logits, expected.logits, rtol=0, atol=1e-5)
     for ours, theirs in zip(torch.autograd.grad(output.loss, list(model.parameters())), gradients):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_compiles_in_a_process_where_nothing_ran_before():
+    """What a first eager forward pass would have looked up must not be needed."""
+    code = """
+import torch
+from modeling_attnres import AttnResConfig, AttnResForCausalLM
+
+small = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, vocab_size=99)
+model = AttnResForCausalLM(AttnResConfig(**small))
+torch.compile(model, fullgraph=True, backend="aot_eager")(torch.arange(8)[None])
+"""
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stderr
 
 
 @both_types
