@@ -130,9 +130,8 @@ class AttnResConfig(PreTrainedConfig):
         kwargs.pop("model_type", None)
         base = CONFIG_MAPPING[base_model_type](**kwargs)
         self.__dict__.update(base.__dict__)
-        for name in _BASE_CLASS_ATTRIBUTES:
-            # On the instance, since each base has its own; `_base_view` keeps them out of config.json
-            self.__dict__[name] = getattr(base, name, None)
+        # On the instance, since each base has its own; `_base_view` keeps them out of config.json
+        self.__dict__.update({name: getattr(base, name) for name in _BASE_CLASS_ATTRIBUTES if hasattr(base, name)})
 
         self.base_model_type = base_model_type
         self.attn_res_type = attn_res_type

@@ -33,6 +33,9 @@ from .configuration_attnres import AttnResConfig
 from .depth_attention import DepthAttention
 
 
+# What the base's modules call the cache: transformers 5.24 renamed it. The models take either name
+CACHE_NAME = "cache" if "cache" in MoeModelOutputWithPast.__dataclass_fields__ else "past_key_values"
+
 # What a base's class says of its attention, cache and weights holds for its AttnRes model
 BASE_MODEL_FLAGS = (
     "_can_compile_fullgraph",
@@ -86,7 +89,7 @@ class AttnResDecoderLayer(GradientCheckpointingLayer):
             `tuple[torch.Tensor, ...]`: what the attention was given, for who asks for hidden states, then the sources
             for the next layer. All flat, as reentrant checkpointing needs it.
         """
-        if self.is_linear_attention:
+        if self.is_linear_attention and CACHE_NAME == "past_key_values":
             kwargs["cache_params"] = kwargs.pop("past_key_values")
 
         attention_input = sources[0] if self.self_attention_res is None else self.self_attention_res(*sources)
@@ -120,7 +123,7 @@ class AttnResPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["AttnResDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["cache", "past_key_values"]
     # What most bases support, for who asks the class (vLLM does) before there is an instance that knows its base
     _supports_attention_backend = True
     _supports_flash_attn = True
@@ -211,9 +214,10 @@ class AttnResModel(AttnResPreTrainedModel):
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
+        past_key_values: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> MoeModelOutputWithPast:
         r"""
@@ -221,10 +225,11 @@ class AttnResModel(AttnResPreTrainedModel):
             input_ids (`torch.LongTensor` of shape `(batch, sequence)`, *optional*): token ids.
             attention_mask (`torch.Tensor` of shape `(batch, past + sequence)`, *optional*): 0 at padding, 1 elsewhere.
             position_ids (`torch.LongTensor` of shape `(batch, sequence)`, *optional*): positions of the tokens.
-            past_key_values ([`Cache`], *optional*): the base's own cache; depth attention keeps nothing in it.
+            cache ([`Cache`], *optional*): the base's own cache; depth attention keeps nothing in it.
             inputs_embeds (`torch.FloatTensor` of shape `(batch, sequence, hidden_size)`, *optional*):
                 embeddings, in place of `input_ids`.
             use_cache (`bool`, *optional*): whether to return a cache.
+            past_key_values ([`Cache`], *optional*): the older name of `cache`.
 
         Returns:
             [`MoeModelOutputWithPast`]: on request with `hidden_states` (what each layer's attention was given, then
@@ -237,10 +242,11 @@ class AttnResModel(AttnResPreTrainedModel):
             inputs_embeds = self.embed_tokens(input_ids)
         if self.embedding_multiplier != 1.0:
             inputs_embeds = inputs_embeds * self.embedding_multiplier
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+        cache = past_key_values if cache is None else cache
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
         if position_ids is None:
-            past_seen_tokens = past_key_values.get_seq_length() if past_key_values is not None else 0
+            past_seen_tokens = cache.get_seq_length() if cache is not None else 0
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_seen_tokens
             position_ids = position_ids.unsqueeze(0)
 
@@ -248,7 +254,8 @@ class AttnResModel(AttnResPreTrainedModel):
         masks = attention_mask
         if not isinstance(masks, dict):
             create_masks = create_masks_for_generate if self.has_windows else create_causal_mask
-            masks = create_masks(self.config, inputs_embeds, attention_mask, past_key_values, position_ids=position_ids)
+            masks = create_masks(self.config, inputs_embeds, attention_mask, cache, position_ids=position_ids)
+        kwargs[CACHE_NAME] = cache
         if hasattr(self, "rotary_emb"):
             kwargs["position_embeddings"] = self.rotary_emb(inputs_embeds, position_ids=position_ids)
 
@@ -258,14 +265,11 @@ class AttnResModel(AttnResPreTrainedModel):
                 *sources,
                 attention_mask=masks[self.config.layer_types[layer_idx]] if isinstance(masks, dict) else masks,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
                 use_cache=use_cache,
                 **kwargs,
             )
 
-        return MoeModelOutputWithPast(
-            last_hidden_state=self.norm(self.output_res(*sources)), past_key_values=past_key_values
-        )
+        return MoeModelOutputWithPast(last_hidden_state=self.norm(self.output_res(*sources)), **{CACHE_NAME: cache})
 
 
 class AttnResForCausalLM(AttnResPreTrainedModel, GenerationMixin):
@@ -308,11 +312,12 @@ class AttnResForCausalLM(AttnResPreTrainedModel, GenerationMixin):
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        past_key_values: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> CausalLMOutputWithPast | MoeCausalLMOutputWithPast:
         r"""
@@ -330,12 +335,12 @@ class AttnResForCausalLM(AttnResPreTrainedModel, GenerationMixin):
         """
         if labels is None:
             labels = kwargs.get("shift_labels")
+        kwargs[CACHE_NAME] = past_key_values if cache is None else cache
         return self.base_class.forward(
             self,
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             labels=labels,
             use_cache=use_cache,
@@ -344,14 +349,19 @@ class AttnResForCausalLM(AttnResPreTrainedModel, GenerationMixin):
         )
 
     def prepare_inputs_for_generation(
-        self, input_ids: torch.LongTensor, past_key_values: Cache | None = None, **kwargs
+        self,
+        input_ids: torch.LongTensor,
+        cache: Cache | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs,
     ) -> dict:
-        if self.config.base_model_type == "phi3" and past_key_values is not None:
+        cache = past_key_values if cache is None else cache
+        if self.config.base_model_type == "phi3" and cache is not None:
             # Its rotary embedding changes at this length, and what was cached before is of no use after
-            if past_key_values.get_seq_length() <= self.config.original_max_position_embeddings < input_ids.shape[1]:
-                past_key_values = None
+            if cache.get_seq_length() <= self.config.original_max_position_embeddings < input_ids.shape[1]:
+                cache = None
                 kwargs["next_sequence_length"] = None
-        return super().prepare_inputs_for_generation(input_ids, past_key_values=past_key_values, **kwargs)
+        return super().prepare_inputs_for_generation(input_ids, **{CACHE_NAME: cache}, **kwargs)
 
 
 # Trainer's label smoothing and `transformers serve` know a causal language model by the name of its class

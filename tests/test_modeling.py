@@ -126,13 +126,19 @@ def test_generation_does_not_depend_on_the_cache(base, attn_res, tokens):
     assert torch.equal(beams, model.generate(**arguments, num_beams=3, use_cache=False))
 
 
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
 @torch.no_grad()
-def test_static_cache_by_hand(base, tokens):
+def test_static_cache_by_hand(name, base, tokens, recwarn):
+    """transformers 5.24 renamed the argument: either name does in any version, and without a word."""
     model = trained(base, **BLOCK)
-    cache = StaticCache(config=model.config, max_cache_len=32)
     input_ids = tokens["input_ids"][2:]
-    parts = [model(part, past_key_values=cache).logits for part in input_ids.split(6, dim=1)]
-    torch.testing.assert_close(torch.cat(parts, 1), model(input_ids).logits, rtol=0, atol=1e-5)
+    expected = model(input_ids).logits
+    for part_of in (model, lambda *args, **kwargs: model.lm_head(model.model(*args, **kwargs)[0])):
+        cache = StaticCache(config=model.config, max_cache_len=32)
+        parts = [part_of(part, **{name: cache}) for part in input_ids.split(6, dim=1)]
+        parts = [part if isinstance(part, torch.Tensor) else part.logits for part in parts]
+        torch.testing.assert_close(torch.cat(parts, 1), expected, rtol=0, atol=1e-5)
+    assert not [warning for warning in recwarn if "past_key_values" in str(warning.message)]
 
 
 @torch.no_grad()
