@@ -1,8 +1,17 @@
 # Copyright 2026 The modeling_attnres authors. Licensed under the Apache License, Version 2.0.
 """Depth attention that goes from source to source: what `depth_attention` computes, without a copy of the sources."""
 
+from collections.abc import Callable
+
 import torch
 from torch.autograd.function import once_differentiable
+
+
+def into_one_buffer(like: torch.Tensor, dtype: torch.dtype) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A function that gives a source in `dtype`: itself, or copied into one buffer, which the next one overwrites."""
+    if like.dtype == dtype:
+        return lambda source: source
+    return torch.empty_like(like, dtype=dtype).copy_
 
 
 class StreamingDepthAttention(torch.autograd.Function):
@@ -29,17 +38,19 @@ class StreamingDepthAttention(torch.autograd.Function):
         scaled_query = query.to(dtype) * key_norm.to(dtype)
         logits = scaled_query.new_empty(len(sources), sources[0].shape[0])
         inverse_rms = torch.empty_like(logits)
+        upcast = into_one_buffer(sources[0], dtype)
         for i, source in enumerate(sources):
-            source = source.to(dtype)
-            torch.mv(source, scaled_query, out=logits[i])
+            # The norm first: it fetches a source from memory twice as fast as the product does
+            source = upcast(source)
             torch.linalg.vector_norm(source, dim=-1, out=inverse_rms[i])
+            torch.mv(source, scaled_query, out=logits[i])
         inverse_rms.square_().div_(query.shape[-1]).add_(eps).rsqrt_()
         logits *= inverse_rms
 
         weights = (logits.softmax(dim=0) * factor).unsqueeze(-1)
-        output = weights[0] * sources[0]
+        output = weights[0] * upcast(sources[0])
         for weight, source in zip(weights[1:], sources[1:]):
-            output.addcmul_(weight, source)
+            output.addcmul_(weight, upcast(source))
         return output.to(sources[0].dtype), logits, inverse_rms
 
     @staticmethod
@@ -72,11 +83,12 @@ class StreamingDepthAttention(torch.autograd.Function):
         of_source = (of_query * logits * inverse_rms / -query.shape[-1]).unsqueeze(-1)
         scaled_query_grad = torch.zeros_like(scaled_query)
         source_grads = []
-        for i, source in enumerate(sources):
-            scaled_query_grad.addmv_(source.to(dtype).t(), of_query[i])
+        upcast = into_one_buffer(sources[0], dtype)
+        for i, source in enumerate(map(upcast, sources)):
             source_grad = of_output_grad[i] * output_grad
             source_grad.addcmul_(of_query[i].unsqueeze(-1), scaled_query).addcmul_(of_source[i], source)
-            source_grads.append(source_grad.to(source.dtype))
+            scaled_query_grad.addmv_(source.t(), of_query[i])
+            source_grads.append(source_grad.to(sources[i].dtype))
         query_grad = (scaled_query_grad * key_norm).to(query.dtype)
         key_norm_grad = (scaled_query_grad * query).to(key_norm.dtype)
         return query_grad, key_norm_grad, None, None, *source_grads
