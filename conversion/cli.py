@@ -34,6 +34,9 @@ def retrofit(
         Literal["sum", "mean"], typer.Option(help="Exact at the start, or the paper's form, which is not.")
     ] = "sum",
     norm_eps: Annotated[float, typer.Option(help="Epsilon of the keys' RMSNorm.")] = 1e-6,
+    temperature: Annotated[
+        float | None, typer.Option(help="What the logits are divided by.", show_default="hidden_size / 128")
+    ] = None,
     link: Annotated[bool, typer.Option("--link", help="Hard-link the base's weights, copy nothing.")] = False,
     revision: Revision = None,
 ):
@@ -41,7 +44,7 @@ def retrofit(
     with errors_in_one_line():
         from .retrofit import retrofit
 
-        retrofit(source, output, attn_res_type, block_size, scale, norm_eps, link, revision)
+        retrofit(source, output, attn_res_type, block_size, scale, norm_eps, temperature, link, revision)
     compare = ["attnres", "verify", source, str(output), *(["--revision", revision] if revision else [])]
     typer.echo(f"Wrote {output}. Compare with the base: {shlex.join(compare)}")
 

@@ -29,6 +29,10 @@ if TYPE_CHECKING:
     from modeling_attnres import AttnResConfig
 
 
+# Trained at the same rate, queries of any width then change their logits as fast as those of this one
+WIDTH_AT_TEMPERATURE_1 = 128
+
+
 def retrofit(
     source: str | Path,
     output: str | Path,
@@ -36,6 +40,7 @@ def retrofit(
     attn_res_block_size: int | None = None,
     attn_res_scale: str = "sum",
     attn_res_norm_eps: float = 1e-6,
+    attn_res_temperature: float | None = None,
     link: bool = False,
     revision: str | None = None,
 ) -> Path:
@@ -49,6 +54,8 @@ def retrofit(
         source (`str` or `Path`): folder or Hub id of the base checkpoint.
         output (`str` or `Path`): folder to write, new or empty.
         attn_res_type, attn_res_block_size, attn_res_scale, attn_res_norm_eps: see [`AttnResConfig`].
+        attn_res_temperature (`float`, *optional*, defaults to `hidden_size / 128`):
+            see [`AttnResConfig`]. With the default, one learning rate for all parameters is right at every width.
         link (`bool`, *optional*, defaults to `False`):
             hard-link the base's weights in place of copying them. Both folders then share them.
         revision (`str`, *optional*): branch, tag or commit of a source on the Hub.
@@ -69,6 +76,7 @@ def retrofit(
         "attn_res_block_size": attn_res_block_size,
         "attn_res_scale": attn_res_scale,
         "attn_res_norm_eps": attn_res_norm_eps,
+        "attn_res_temperature": attn_res_temperature,
     }
     config, config_json, tensors = _plan(base, attn_res)
     tokenizer_config, tokenizer_class = _tokenizer_config(base), _tokenizer_class(base)
@@ -128,7 +136,10 @@ def _plan(base: Checkpoint, attn_res: dict[str, Any]) -> tuple["AttnResConfig", 
             f"{base.folder} holds a PEFT adapter (adapter_config.json) beside its weights, which transformers would "
             "load with them: merge it (`merge_and_unload`), or take the base without it."
         )
-    config = AttnResConfig.from_dict({**base.config, **attn_res})
+    given = {name: value for name, value in attn_res.items() if value is not None}
+    config = AttnResConfig.from_dict({**base.config, **given})
+    if "attn_res_temperature" not in given:
+        config.attn_res_temperature = config.hidden_size / WIDTH_AT_TEMPERATURE_1
     base_auto_map = base.config.get("auto_map") or {}
     if any(name.startswith("AutoModel") for name in base_auto_map):
         warnings.warn(

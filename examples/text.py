@@ -4,6 +4,7 @@ import sysconfig
 from itertools import chain
 from pathlib import Path
 
+import transformers
 from datasets import Dataset, load_dataset
 from transformers import PreTrainedTokenizerBase
 
@@ -11,6 +12,12 @@ from transformers import PreTrainedTokenizerBase
 def default_files() -> list[str]:
     """Real text that every machine has: the sources of Python's standard library."""
     return sorted(map(str, Path(sysconfig.get_path("stdlib")).glob("*.py")))
+
+
+def recent_files() -> list[str]:
+    """Text that no model released before 2026 was trained on: those sources of transformers that say they are newer."""
+    sources = sorted(Path(transformers.__file__).parent.rglob("*.py"))
+    return [str(file) for file in sources if "Copyright 2026" in file.read_text(encoding="utf-8")[:200]]
 
 
 def token_blocks(files: list[str], tokenizer: PreTrainedTokenizerBase, length: int) -> tuple[Dataset, Dataset]:

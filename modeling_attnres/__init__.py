@@ -20,6 +20,7 @@ from .modeling_attnres import (
     AttnResModel,
     AttnResPreTrainedModel,
 )
+from .training import ATTN_RES_MODULES, attn_res_parameter_groups
 
 
 AutoConfig.register("attnres", AttnResConfig)
@@ -30,6 +31,7 @@ AutoModelForSequenceClassification.register(AttnResConfig, AttnResForSequenceCla
 AutoModelForTokenClassification.register(AttnResConfig, AttnResForTokenClassification)
 
 __all__ = [
+    "ATTN_RES_MODULES",
     "AttnResConfig",
     "AttnResForCausalLM",
     "AttnResForQuestionAnswering",
@@ -38,4 +40,5 @@ __all__ = [
     "AttnResModel",
     "AttnResPreTrainedModel",
     "DepthAttention",
+    "attn_res_parameter_groups",
 ]

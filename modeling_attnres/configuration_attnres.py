@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_attnres authors. Licensed under the Apache License, Version 2.0.
-"""AttnRes configuration: any supported base's own fields, and five more."""
+"""AttnRes configuration: any supported base's own fields, and six more."""
 
 from math import ceil, inf
 from typing import Any, Literal
@@ -52,6 +52,7 @@ ATTN_RES_FIELDS = (
     "attn_res_block_size",
     "attn_res_scale",
     "attn_res_norm_eps",
+    "attn_res_temperature",
 )
 
 # What a configuration class says about its models, beside its fields.
@@ -88,6 +89,9 @@ class AttnResConfig(PreTrainedConfig):
             give the standard residual stream. `"mean"`: 1, the paper's form.
         attn_res_norm_eps (`float`, *optional*, defaults to 1e-6):
             The epsilon of the RMSNorm that turns sources into keys.
+        attn_res_temperature (`float`, *optional*, defaults to 1.0):
+            What the logits `q · RMSNorm(v)` are divided by. An optimizer with normalised steps, like Adam, moves them
+            by up to learning rate × `hidden_size` / temperature a step. The paper has none, that is 1.0.
         attn_res_implementation (`str`, *optional*, defaults to `"auto"`):
             What computes the depth attention. `"eager"`: PyTorch. `"fused"`: the kernel of the package
             flash-linear-attention, on a CUDA device. `"auto"`: the kernel where it is there and the model is not
@@ -113,6 +117,7 @@ class AttnResConfig(PreTrainedConfig):
     attn_res_block_size: int | None = None
     attn_res_scale: Literal["sum", "mean"] = "sum"
     attn_res_norm_eps: float = 1e-6
+    attn_res_temperature: float = 1.0
     attn_res_implementation: Literal["auto", "eager", "fused"] = "auto"
 
     def __init__(
@@ -122,6 +127,7 @@ class AttnResConfig(PreTrainedConfig):
         attn_res_block_size: int | None = None,
         attn_res_scale: str = "sum",
         attn_res_norm_eps: float = 1e-6,
+        attn_res_temperature: float = 1.0,
         attn_res_implementation: str = "auto",
         **kwargs,
     ):
@@ -137,6 +143,7 @@ class AttnResConfig(PreTrainedConfig):
         self.attn_res_type = attn_res_type
         self.attn_res_scale = attn_res_scale
         self.attn_res_norm_eps = attn_res_norm_eps
+        self.attn_res_temperature = attn_res_temperature
         self.attn_res_implementation = attn_res_implementation
         if attn_res_block_size is None:
             sizes = range(1, max(self.num_hidden_layers, 1) + 1)
@@ -206,10 +213,9 @@ class AttnResConfig(PreTrainedConfig):
                 f"`attn_res_block_size` is {self.attn_res_block_size}, but a block has between 1 and "
                 f"`num_hidden_layers` = {self.num_hidden_layers} decoder layers."
             )
-        if not 0 < self.attn_res_norm_eps < inf:
-            raise ValueError(
-                f"`attn_res_norm_eps` is {self.attn_res_norm_eps}, but it has to be between 0 and infinity."
-            )
+        for name in ("attn_res_norm_eps", "attn_res_temperature"):
+            if not 0 < getattr(self, name) < inf:
+                raise ValueError(f"`{name}` is {getattr(self, name)}, but it has to be between 0 and infinity.")
 
 
 def _unsupported_base_message(base_model_type: str) -> str:

@@ -82,13 +82,18 @@ class DepthAttention(nn.Module):
         self.config = config
         self.scale = config.attn_res_scale
         self.eps = config.attn_res_norm_eps
+        self.temperature = config.attn_res_temperature
         self.query = nn.Parameter(torch.zeros(config.hidden_size))
         self.key_norm = nn.Parameter(torch.ones(config.hidden_size))
 
     def forward(self, *sources: torch.Tensor) -> torch.Tensor:
         """The `sources`, each `(batch, sequence, hidden_size)`, become one such tensor. See [`depth_attention`]."""
         attend = choose_implementation(self.config.attn_res_implementation, sources[0])
-        return attend(self.query, self.key_norm, sources, self.scale, self.eps)
+        query = self.query
+        if self.temperature != 1.0:
+            # Logits are float32, so what they are made of is not rounded to less
+            query = query.to(torch.promote_types(query.dtype, torch.float32)) / self.temperature
+        return attend(query, self.key_norm, sources, self.scale, self.eps)
 
     def extra_repr(self) -> str:
-        return f"{self.query.shape[0]}, scale={self.scale!r}, eps={self.eps}"
+        return f"{self.query.shape[0]}, scale={self.scale!r}, eps={self.eps}, temperature={self.temperature}"

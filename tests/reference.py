@@ -7,7 +7,8 @@ def depth_attend(module, sources, scale):
     """`s · Σ αᵢ vᵢ` in float64."""
     values = torch.stack(sources).double()
     keys = values / (values.pow(2).mean(-1, keepdim=True) + module.eps).sqrt() * module.key_norm.double()
-    weights = torch.einsum("mbtd,d->mbt", keys, module.query.double()).softmax(0)
+    logits = torch.einsum("mbtd,d->mbt", keys, module.query.double()) / module.config.attn_res_temperature
+    weights = logits.softmax(0)
     hidden_states = torch.einsum("mbt,mbtd->btd", weights, values)
     return (hidden_states * (len(sources) if scale == "sum" else 1)).to(sources[0].dtype)
 

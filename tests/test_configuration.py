@@ -23,8 +23,8 @@ def test_defaults_and_other_names_are_the_base_s(family):
     base = CONFIG_MAPPING[family]()
     config = AttnResConfig(base_model_type=family)
     ours, theirs = config.to_dict(), base.to_dict()
-    added = {"base_model_type", "attn_res_type", "attn_res_block_size", "attn_res_scale", "attn_res_norm_eps"}
-    assert ours.keys() - theirs.keys() == added
+    added = {"type", "block_size", "scale", "norm_eps", "temperature"}
+    assert ours.keys() - theirs.keys() == {"base_model_type", *(f"attn_res_{name}" for name in added)}
     assert {name for name in theirs if ours[name] != theirs[name]} == {"model_type"}
     assert config.attribute_map == base.attribute_map
     assert config.base_model_tp_plan == base.base_model_tp_plan
@@ -90,7 +90,7 @@ def test_legacy_names_of_the_base_are_understood():
     assert config.rope_parameters["rope_theta"] == 12345.0
 
 
-def test_config_json_is_the_base_s_and_five_fields(tmp_path):
+def test_config_json_is_the_base_s_and_six_fields(tmp_path):
     base_config = tiny_base_config("qwen2")
     AttnResConfig.from_base_config(base_config).save_pretrained(tmp_path / "attnres")
     base_config.save_pretrained(tmp_path / "base")
@@ -103,6 +103,7 @@ def test_config_json_is_the_base_s_and_five_fields(tmp_path):
         "attn_res_block_size": 1,
         "attn_res_scale": "sum",
         "attn_res_norm_eps": 1e-6,
+        "attn_res_temperature": 1.0,
     }
     assert ours == theirs
 
@@ -125,6 +126,8 @@ def test_default_block_size_gives_about_eight_blocks(layers, size):
         ({"attn_res_norm_eps": 0.0}, ["attn_res_norm_eps", "0.0", "between 0 and"]),
         ({"attn_res_norm_eps": float("nan")}, ["attn_res_norm_eps", "nan", "between 0 and"]),
         ({"attn_res_norm_eps": float("inf")}, ["attn_res_norm_eps", "inf", "between 0 and"]),
+        ({"attn_res_temperature": 0.0}, ["attn_res_temperature", "0.0", "between 0 and"]),
+        ({"attn_res_temperature": float("inf")}, ["attn_res_temperature", "inf", "between 0 and"]),
         ({"hidden_size": 30}, ["hidden size", "30"]),
         ({"hidden_size": "wide"}, ["hidden_size", "int", "wide"]),
         ({"base_model_type": "no_such_model"}, ["base_model_type", "no_such_model", "no such model", "llama, mistral"]),
@@ -151,6 +154,8 @@ def test_impossible_values_are_refused_when_set_or_saved(tmp_path):
         ({"attn_res_block_size": 17}, "attn_res_block_size.*17"),
         ({"num_hidden_layers": 1}, "attn_res_block_size.*2.*num_hidden_layers.*1"),
         ({"attn_res_type": "blocks"}, "attn_res_type.*blocks"),
+        ({"attn_res_temperature": 0.0}, ["attn_res_temperature", "0.0", "between 0 and"]),
+        ({"attn_res_temperature": float("inf")}, ["attn_res_temperature", "inf", "between 0 and"]),
         ({"hidden_size": 30}, "(?i)hidden size.*30"),
     ],
 )

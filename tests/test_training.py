@@ -1,21 +1,111 @@
-"""Training with the tools of others, next to the base."""
+"""Training with Trainer, next to the base: losses, the optimizer's groups, a run that was killed."""
+
+import os
+import signal
+import warnings
 
 import pytest
 import torch
 from conftest import attnres_of, tiny_base
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from modeling_attnres import attn_res_parameter_groups
+
+
+@pytest.fixture
+def data():
+    rows = torch.randint(1, 99, (8, 12), generator=torch.Generator().manual_seed(0))
+    return [{"input_ids": row, "labels": row} for row in rows]
+
+
+def arguments(folder, **fields):
+    return TrainingArguments(str(folder), report_to="none", use_cpu=True, disable_tqdm=True, **fields)
 
 
 @pytest.mark.parametrize("label_smoothing_factor", [0.0, 0.1])
-def test_trainer_computes_the_base_s_loss(label_smoothing_factor, tmp_path):
+def test_trainer_computes_the_base_s_loss(label_smoothing_factor, data, tmp_path):
     """Smoothing labels is Trainer's own work, which shifts them for the models it knows."""
-    rows = torch.randint(1, 99, (8, 12), generator=torch.Generator().manual_seed(0))
-    data = [{"input_ids": row, "labels": row} for row in rows]
-    args = TrainingArguments(
-        tmp_path, label_smoothing_factor=label_smoothing_factor, report_to="none", use_cpu=True, disable_tqdm=True
-    )
+    args = arguments(tmp_path, label_smoothing_factor=label_smoothing_factor)
     base = tiny_base("llama")
     base_loss, loss = (
         Trainer(model, args, eval_dataset=data).evaluate()["eval_loss"] for model in (base, attnres_of(base))
     )
     assert loss == pytest.approx(base_loss, abs=1e-5)
+
+
+def test_parameter_groups_hold_each_trained_parameter_once():
+    model = attnres_of(tiny_base("llama"))
+    model.model.embed_tokens.weight.requires_grad_(False)
+    matrices, vectors, attn_res = attn_res_parameter_groups(model, 1e-3, 1e-4, weight_decay=0.1)
+    trained = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
+    names = [[trained[id(p)] for p in group["params"]] for group in (matrices, vectors, attn_res)]
+    assert sorted(sum(names, [])) == sorted(trained.values())
+    assert set(names[2]) == {name for name in trained.values() if name.endswith(("_res.query", "_res.key_norm"))}
+    assert set(names[0]) == {name for name in trained.values() if name.endswith("_proj.weight")}
+    assert [group["lr"] for group in (matrices, vectors, attn_res)] == [1e-3, 1e-3, 1e-4]
+    assert [group["weight_decay"] for group in (matrices, vectors, attn_res)] == [0.1, 0.0, 0.0]
+
+    model.requires_grad_(False)
+    model.model.output_res.requires_grad_(True)
+    (group,) = attn_res_parameter_groups(model, 1e-3)
+    assert group["params"] == [model.model.output_res.query, model.model.output_res.key_norm] and group["lr"] == 1e-3
+
+
+def test_parameter_groups_by_trainer_s_hook(data, tmp_path):
+    """The first step of Adam is as long as the rate, whatever the gradient."""
+    model = attnres_of(tiny_base("llama"))
+    before = model.model.norm.weight.clone()
+
+    def adamw(model, **rates):
+        return torch.optim.AdamW(attn_res_parameter_groups(model, **rates), eps=1e-12)
+
+    rates = {"learning_rate": 1e-3, "attn_res_learning_rate": 1e-4}
+    args = arguments(tmp_path, max_steps=1, lr_scheduler_type="constant", max_grad_norm=0)
+    Trainer(model, args, train_dataset=data, optimizer_cls_and_kwargs=(lambda: adamw, rates)).train()
+    query = model.model.layers[2].mlp_res.query
+    torch.testing.assert_close(query.abs(), torch.full_like(query, 1e-4), rtol=1e-3, atol=0)
+    step = (model.model.norm.weight - before).abs()
+    torch.testing.assert_close(step, torch.full_like(step, 1e-3), rtol=1e-2, atol=1e-6)
+
+
+def test_a_rate_far_outside_is_warned_of():
+    model = attnres_of(tiny_base("llama"), attn_res_temperature=0.5)
+    with pytest.warns(UserWarning, match="`attn_res_learning_rate` is 0.005.*up to 0.32.*0.0016 or less"):
+        attn_res_parameter_groups(model, 5e-5, 5e-3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        attn_res_parameter_groups(model, 5e-5, 1e-3)
+
+
+class KillAt(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("step", [3, 4, 5])
+def test_a_killed_run_goes_on_where_it_was(step, data, tmp_path):
+    """The losses after resuming are those of a run that nothing happened to."""
+
+    def run(folder, callbacks=(), resume=False):
+        torch.manual_seed(0)
+        model = attnres_of(tiny_base("llama"))
+        args = arguments(
+            folder, max_steps=8, save_steps=2, logging_steps=1, learning_rate=1e-2, per_device_train_batch_size=2
+        )
+        trainer = Trainer(model, args, train_dataset=data, callbacks=list(callbacks))
+        trainer.train(resume_from_checkpoint=resume)
+        return {row["step"]: row["loss"] for row in trainer.state.log_history if "loss" in row}
+
+    expected = run(tmp_path / "whole")
+    child = os.fork()
+    if child == 0:
+        run(tmp_path / "killed", [KillAt(step)])
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+    assert sorted(path.name for path in (tmp_path / "killed").iterdir())[-1] == f"checkpoint-{(step - 1) // 2 * 2}"
+    assert run(tmp_path / "killed", resume=True) == pytest.approx(expected, abs=1e-6)

@@ -1,0 +1,144 @@
+"""What continued training makes of a base and of its retrofit: each arm on the same batches, from the same loss.
+
+    python examples/compare_training.py BASE --arms base attnres --seeds 0 1 2 --output losses.jsonl
+    python examples/compare_training.py BASE --arms attnres --attn-res-rates 5e-5 2e-4 1e-3 --output losses.jsonl
+
+Arms: `base` and `attnres` train all parameters, `attnres-only` the queries and key norms, `lora` and `lora-attnres` a
+LoRA of all linear layers, the latter with the queries and key norms in full. By default the text is newer than the
+models.
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, get_peft_model
+from peft.utils.constants import DUMMY_TARGET_MODULES
+from text import recent_files, token_blocks
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+
+from attnres_conversion import retrofit
+from modeling_attnres.training import ATTN_RES_MODULES, attn_res_parameter_groups
+
+
+ARMS = ("base", "attnres", "attnres-only", "lora", "lora-attnres")
+
+
+def adapted(model: PreTrainedModel, arm: str, rank: int) -> torch.nn.Module:
+    if arm in ("base", "attnres"):
+        return model
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=2 * rank,
+        target_modules=DUMMY_TARGET_MODULES if arm == "attnres-only" else "all-linear",
+        modules_to_save=None if arm == "lora" else ATTN_RES_MODULES,
+    )
+    return get_peft_model(model, config)
+
+
+def adamw(model: torch.nn.Module, **rates: float) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(attn_res_parameter_groups(model, **rates))
+
+
+def train(
+    model: torch.nn.Module, rates: dict[str, float], train_blocks, held_out_blocks, args, seed: int
+) -> list[dict]:
+    """Losses on held-out text, by step."""
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = Trainer(
+            model=model,
+            args=TrainingArguments(
+                output_dir=folder,
+                max_steps=args.steps,
+                per_device_train_batch_size=args.batch_size,
+                per_device_eval_batch_size=args.batch_size,
+                lr_scheduler_type="cosine",
+                warmup_steps=args.steps // 10,
+                eval_strategy="steps",
+                eval_steps=args.eval_steps,
+                eval_on_start=True,
+                logging_steps=args.eval_steps,
+                save_strategy="no",
+                report_to="none",
+                bf16=args.bf16,
+                # Which batches a step sees hangs on the seed alone
+                seed=seed,
+            ),
+            train_dataset=train_blocks,
+            eval_dataset=held_out_blocks,
+            optimizer_cls_and_kwargs=(lambda: adamw, rates),
+        )
+        trainer.train()
+    return [{"step": row["step"], "loss": row["eval_loss"]} for row in trainer.state.log_history if "eval_loss" in row]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("base", help="folder or Hub id of the base")
+    parser.add_argument("--output", type=Path, required=True, help="file of JSON lines that runs are added to")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS)
+    parser.add_argument("--rates", nargs="+", type=float, default=[5e-5], help="learning rates of all but AttnRes")
+    parser.add_argument("--attn-res-rates", nargs="+", type=float, help="of queries and key norms (default: the same)")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--type", choices=["block", "full"], default="block")
+    parser.add_argument("--block-size", type=int)
+    parser.add_argument("--temperature", type=float)
+    parser.add_argument("--files", nargs="+", help="text files (default: the newest sources of transformers)")
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--eval-steps", type=int, default=20)
+    parser.add_argument("--eval-blocks", type=int, default=32)
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--block-length", type=int, default=256)
+    parser.add_argument("--lora-rank", type=int, default=8)
+    parser.add_argument("--bf16", action="store_true", help="autocast")
+    args = parser.parse_args()
+
+    tokenizer = AutoTokenizer.from_pretrained(args.base)
+    train_blocks, held_out_blocks = token_blocks(args.files or recent_files(), tokenizer, args.block_length)
+    held_out_blocks = held_out_blocks.shuffle(seed=0).select(range(min(args.eval_blocks, len(held_out_blocks))))
+    with tempfile.TemporaryDirectory() as folder:
+        attnres = retrofit(
+            args.base,
+            Path(folder) / "attnres",
+            attn_res_type=args.type,
+            attn_res_block_size=args.block_size,
+            attn_res_temperature=args.temperature,
+            link=True,
+        )
+        for arm in args.arms:
+            attn_res_rates = args.attn_res_rates if "attnres" in arm else None
+            for rate in args.rates:
+                for attn_res_rate in attn_res_rates or [rate]:
+                    for seed in args.seeds:
+                        set_seed(seed)
+                        checkpoint = attnres if "attnres" in arm else args.base
+                        model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+                        temperature = getattr(model.config, "attn_res_temperature", None)
+                        model = adapted(model, arm, args.lora_rank)
+                        rates = {"learning_rate": rate}
+                        if "attnres" in arm:
+                            rates["attn_res_learning_rate"] = attn_res_rate
+                        start = time.perf_counter()
+                        losses = train(model, rates, train_blocks, held_out_blocks, args, seed)
+                        row = {
+                            **{"base": Path(args.base).name, "arm": arm, "type": args.type, "seed": seed, **rates},
+                            **{"block_size": args.block_size, "temperature": temperature, "losses": losses},
+                            "seconds": round(time.perf_counter() - start),
+                        }
+                        with args.output.open("a") as file:
+                            file.write(json.dumps(row) + "\n")
+                        print({**row, "losses": [round(point["loss"], 4) for point in losses]}, flush=True)
+
+
+if __name__ == "__main__":
+    main()

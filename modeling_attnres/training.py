@@ -1,0 +1,66 @@
+# Copyright 2026 The modeling_attnres authors. Licensed under the Apache License, Version 2.0.
+"""What the training tools of others need to be told about an AttnRes model."""
+
+import warnings
+from typing import Any
+
+from torch import nn
+
+
+# The names of the depth attention modules, which PEFT trains in full as `modules_to_save`
+ATTN_RES_MODULES = ["self_attention_res", "mlp_res", "output_res"]
+
+# By how much a step may move the logits of a depth attention (README, "Training"); ten times that ruins a model
+LARGEST_LOGIT_STEP = 0.1
+
+
+def attn_res_parameter_groups(
+    model: nn.Module,
+    learning_rate: float,
+    attn_res_learning_rate: float | None = None,
+    weight_decay: float = 0.0,
+) -> list[dict[str, Any]]:
+    r"""
+    The parameters of a model as groups for an optimizer: matrices, with weight decay; vectors, without; queries and key
+    norms, at a learning rate of their own and without. Frozen parameters are left out.
+
+    Args:
+        model (`nn.Module`): an AttnRes model, also with PEFT's adapters or sharded by FSDP2.
+        learning_rate (`float`): the rate of all but queries and key norms.
+        attn_res_learning_rate (`float`, *optional*, defaults to `learning_rate`): the rate of queries and key norms.
+        weight_decay (`float`, *optional*, defaults to 0.0): the decay of matrices.
+
+    Returns:
+        `list[dict[str, Any]]`: groups with `params`, `lr` and `weight_decay`; none of them is empty.
+
+    ```python
+    >>> def adamw(model, **kwargs):
+    ...     return torch.optim.AdamW(attn_res_parameter_groups(model, **kwargs))
+
+    >>> rates = {"learning_rate": 5e-5, "attn_res_learning_rate": 2e-4}
+    >>> Trainer(model, args, train_dataset=data, optimizer_cls_and_kwargs=(lambda: adamw, rates))
+    ```"""
+    if attn_res_learning_rate is None:
+        attn_res_learning_rate = learning_rate
+    config = model.config
+    logit_step = attn_res_learning_rate * config.hidden_size / config.attn_res_temperature
+    if logit_step > LARGEST_LOGIT_STEP:
+        warnings.warn(
+            f"`attn_res_learning_rate` is {attn_res_learning_rate:g}: with Adam, a step moves the logits of the depth "
+            f"attention by up to {logit_step:.2g}. Above {LARGEST_LOGIT_STEP} a pretrained model may be ruined: take "
+            f"{attn_res_learning_rate * LARGEST_LOGIT_STEP / logit_step:.2g} or less, or retrofit with a greater "
+            "`attn_res_temperature`.",
+            stacklevel=2,
+        )
+
+    matrices, vectors, attn_res = [], [], []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            is_attn_res = not set(ATTN_RES_MODULES).isdisjoint(name.split("."))
+            (attn_res if is_attn_res else matrices if parameter.ndim > 1 else vectors).append(parameter)
+    groups = [
+        {"params": matrices, "lr": learning_rate, "weight_decay": weight_decay},
+        {"params": vectors, "lr": learning_rate, "weight_decay": 0.0},
+        {"params": attn_res, "lr": attn_res_learning_rate, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]

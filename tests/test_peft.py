@@ -1,0 +1,141 @@
+"""Adapters by PEFT: what is trained, saved, loaded, merged and switched is the depth attention too."""
+
+import pytest
+import torch
+from conftest import attnres_of, tiny_base
+from peft import (
+    LoraConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    PromptTuningConfig,
+    TaskType,
+    get_peft_model,
+)
+from peft.utils.constants import DUMMY_TARGET_MODULES
+from safetensors.torch import load_file
+from transformers import LlamaConfig
+
+from modeling_attnres import ATTN_RES_MODULES, AttnResConfig, AttnResForCausalLM
+
+
+ADAPTERS = {
+    "LoRA beside it": lambda: LoraConfig(r=4, target_modules="all-linear", modules_to_save=ATTN_RES_MODULES),
+    "AttnRes alone": lambda: LoraConfig(target_modules=DUMMY_TARGET_MODULES, modules_to_save=ATTN_RES_MODULES),
+}
+each_adapter = pytest.mark.parametrize("adapter", ADAPTERS.values(), ids=ADAPTERS)
+
+
+@pytest.fixture
+def base():
+    return tiny_base("llama")
+
+
+def train(model, tokens, steps=3):
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-2)
+    model.train()
+    for _ in range(steps):
+        model(**tokens, labels=tokens["input_ids"]).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.eval()
+
+
+def logits(model, tokens):
+    with torch.no_grad():
+        return model(**tokens).logits
+
+
+def queries(model):
+    return torch.stack([p for name, p in model.named_parameters() if name.endswith("query") and p.requires_grad])
+
+
+@each_adapter
+def test_an_adapter_is_trained_saved_loaded_merged_and_taken_off(adapter, base, tokens, tmp_path):
+    model = get_peft_model(attnres_of(base), adapter())
+    assert (queries(model) == 0).all() and len(queries(model)) == 10
+    torch.testing.assert_close(logits(model.eval(), tokens), logits(base, tokens), rtol=0, atol=1e-5)
+    trained = logits(train(model, tokens), tokens)
+    assert (queries(model) != 0).any(dim=-1).all()
+    assert (trained - logits(base, tokens)).abs().max() > 0.1
+
+    model.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    of_attn_res = [name for name in saved if not set(ATTN_RES_MODULES).isdisjoint(name.split("."))]
+    # Query and key norm of ten depth attentions, and none of them wrapped as a linear layer would be
+    assert len(of_attn_res) == 20 and all(saved[name].shape == (32,) for name in of_attn_res)
+
+    loaded = PeftModel.from_pretrained(attnres_of(base), tmp_path).eval()
+    torch.testing.assert_close(logits(loaded, tokens), trained, rtol=0, atol=1e-5)
+    with torch.no_grad(), loaded.disable_adapter():
+        torch.testing.assert_close(logits(loaded, tokens), logits(base, tokens), rtol=0, atol=1e-5)
+    merged = loaded.merge_and_unload()
+    assert type(merged) is AttnResForCausalLM
+    torch.testing.assert_close(logits(merged, tokens), trained, rtol=0, atol=1e-5)
+    merged.save_pretrained(tmp_path / "merged")
+    again = AttnResForCausalLM.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(logits(again, tokens), trained, rtol=0, atol=1e-5)
+
+    # As PEFT does it: `unload` takes the LoRA off and leaves `modules_to_save` as trained
+    unloaded = PeftModel.from_pretrained(attnres_of(base), tmp_path).unload().state_dict()
+    for name, tensor in merged.state_dict().items():
+        expected = tensor if name.endswith(("_res.query", "_res.key_norm")) else base.state_dict()[name]
+        assert torch.equal(unloaded[name], expected)
+
+
+@each_adapter
+def test_two_adapters_in_one_model(adapter, base, tokens, tmp_path):
+    expected = {}
+    for name, steps in (("first", 2), ("second", 5)):
+        model = train(get_peft_model(attnres_of(base), adapter()), tokens, steps)
+        expected[name] = logits(model, tokens)
+        model.save_pretrained(tmp_path / name)
+    assert (expected["first"] - expected["second"]).abs().max() > 0.1
+
+    model = PeftModel.from_pretrained(attnres_of(base), tmp_path / "first", adapter_name="first")
+    model.load_adapter(tmp_path / "second", adapter_name="second")
+    for name in ("second", "first"):
+        model.set_adapter(name)
+        torch.testing.assert_close(logits(model.eval(), tokens), expected[name], rtol=0, atol=1e-5)
+
+
+def test_attn_res_alone_is_a_light_adapter():
+    """SmolLM2-135M's shape: 60 depth attentions of 576 numbers, twice."""
+    base = LlamaConfig(
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        vocab_size=49152,
+        tie_word_embeddings=True,
+    )
+    with torch.device("meta"):
+        model = AttnResForCausalLM(AttnResConfig.from_base_config(base))
+        trained, total = get_peft_model(model, ADAPTERS["AttnRes alone"]()).get_nb_trainable_parameters()
+    assert trained == 60 * 2 * 576
+    assert trained / total < 0.001
+
+
+@pytest.mark.parametrize("config", [PromptTuningConfig, PrefixTuningConfig])
+def test_virtual_tokens(config, base, tokens):
+    """Prompt and prefix tuning read the sizes from the configuration, and give what the base gives with the same."""
+    models = []
+    for model in (base, attnres_of(base)):
+        torch.manual_seed(0)
+        adapter = config(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=4)
+        models.append(train(get_peft_model(model, adapter), tokens))
+    expected, actual = (logits(model, tokens) for model in models)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4)
+    expected, actual = (model.generate(**tokens, max_new_tokens=8, do_sample=False) for model in models)
+    assert torch.equal(actual, expected)
+
+
+def test_hidden_states_with_an_adapter(base, tokens):
+    """Recorded by the class and the name of a module, which the adapters wrap."""
+    model = attnres_of(base)
+    expected = model(**tokens, output_hidden_states=True).hidden_states
+    for adapter in ADAPTERS.values():
+        actual = get_peft_model(attnres_of(base), adapter()).eval()(**tokens, output_hidden_states=True).hidden_states
+        assert len(actual) == len(expected) == 6
+        for ours, theirs in zip(actual, expected):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)

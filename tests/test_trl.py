@@ -1,0 +1,84 @@
+"""TRL's trainers as their users call them: AttnRes starts from the base's loss, and its queries train."""
+
+import pytest
+from conftest import tiny_base
+from datasets import Dataset
+from peft import LoraConfig
+from train_base import train_tokenizer
+from transformers import AutoModelForCausalLM
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+
+from attnres_conversion import retrofit
+from modeling_attnres import ATTN_RES_MODULES
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer([__file__], vocab_size=300)
+
+
+@pytest.fixture
+def models(tokenizer, tmp_path):
+    """From folders, since DPO loads its reference model from where its policy came."""
+    base = tiny_base("llama", vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id)
+    base.save_pretrained(tmp_path / "base")
+    retrofit(tmp_path / "base", tmp_path / "attnres")
+    return {name: AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("base", "attnres")}
+
+
+def arguments(config_class, folder):
+    return config_class(
+        str(folder),
+        max_steps=3,
+        max_length=64,
+        per_device_train_batch_size=2,
+        learning_rate=1e-3,
+        logging_steps=1,
+        bf16=False,
+        use_cpu=True,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+
+
+def losses_and_queries(trainer):
+    trainer.train()
+    queries = [p for name, p in trainer.model.named_parameters() if name.endswith("query") and p.requires_grad]
+    return [row["loss"] for row in trainer.state.log_history if "loss" in row], queries
+
+
+@pytest.mark.parametrize("adapter", [False, True], ids=["in full", "LoRA"])
+def test_sft(adapter, models, tokenizer, tmp_path):
+    texts = Dataset.from_dict({"text": [f"{a} and {a + 1} make {2 * a + 1}" for a in range(8)]})
+    losses = {}
+    for name, model in models.items():
+        lora = LoraConfig(target_modules="all-linear", modules_to_save=ATTN_RES_MODULES if name == "attnres" else None)
+        trainer = SFTTrainer(
+            model,
+            arguments(SFTConfig, tmp_path / "output"),
+            train_dataset=texts,
+            processing_class=tokenizer,
+            peft_config=lora if adapter else None,
+        )
+        losses[name], queries = losses_and_queries(trainer)
+    assert losses["attnres"][0] == pytest.approx(losses["base"][0], abs=1e-4)
+    assert len(queries) == 10 and all((query != 0).any() for query in queries)
+
+
+def test_dpo(models, tokenizer, tmp_path):
+    pairs = Dataset.from_dict(
+        {
+            "prompt": [f"{a} and {a + 1} make" for a in range(8)],
+            "chosen": [f" {2 * a + 1}" for a in range(8)],
+            "rejected": [" nothing"] * 8,
+        }
+    )
+    losses = {}
+    for name, model in models.items():
+        args = arguments(DPOConfig, tmp_path / "output")
+        trainer = DPOTrainer(model, args=args, train_dataset=pairs, processing_class=tokenizer)
+        losses[name], queries = losses_and_queries(trainer)
+    # The policy is the reference at first: ln 2
+    assert losses["attnres"][0] == pytest.approx(losses["base"][0], abs=1e-4) == pytest.approx(0.6931, abs=1e-3)
+    assert len(queries) == 10 and all((query != 0).any() for query in queries)
