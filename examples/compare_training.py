@@ -71,6 +71,7 @@ def train(
                 save_strategy="no",
                 report_to="none",
                 bf16=args.bf16,
+                use_cpu=not torch.cuda.is_available(),
                 # Which batches a step sees hangs on the seed alone
                 seed=seed,
             ),

@@ -25,7 +25,7 @@ def attn_res_parameter_groups(
     norms, at a learning rate of their own and without. Frozen parameters are left out.
 
     Args:
-        model (`nn.Module`): an AttnRes model (or its base, which has no third group), also with PEFT's adapters or sharded by FSDP2.
+        model (`nn.Module`): an AttnRes model or a base, also with PEFT's adapters or sharded by FSDP2.
         learning_rate (`float`): the rate of all but queries and key norms.
         attn_res_learning_rate (`float`, *optional*, defaults to `learning_rate`): the rate of queries and key norms.
         weight_decay (`float`, *optional*, defaults to 0.0): the decay of matrices.
@@ -61,8 +61,8 @@ def _warn_of_long_steps(config, learning_rate: float) -> None:
     logit_step = learning_rate * config.hidden_size / config.attn_res_temperature
     if logit_step > LARGEST_LOGIT_STEP:
         warnings.warn(
-            f"`attn_res_learning_rate` is {learning_rate:g}: with Adam, a step moves the logits of the depth attention by "
-            f"up to {logit_step:.2g}. Above {LARGEST_LOGIT_STEP} a pretrained model may be ruined: take "
+            f"`attn_res_learning_rate` is {learning_rate:g}: with Adam, a step moves the logits of the depth attention "
+            f"by up to {logit_step:.2g}. Above {LARGEST_LOGIT_STEP} a pretrained model may be ruined: take "
             f"{learning_rate * LARGEST_LOGIT_STEP / logit_step:.2g} or less, or retrofit with a greater "
             "`attn_res_temperature`.",
             stacklevel=3,
