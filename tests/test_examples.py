@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
@@ -54,6 +56,16 @@ def test_a_base_from_scratch_retrofitted_trained_on_and_generating(real_text, tm
     continued = float(output.split("held-out text: ")[1].split()[0])
     assert abs(continued - after) < 2e-3, "a retrofit starts where its base left off"
     assert json.loads((tmp_path / "trained" / "config.json").read_text())["model_type"] == "attnres"
+
+    for alone, trained in (("--attnres-alone", 6 * 2 * 64), ("--rank=2", None)):
+        output = run("finetune_lora.py", tmp_path / "attnres", tmp_path / "adapter", *arguments, alone)
+        assert trained is None or f"trainable params: {trained} " in output
+        started = float(output.split("held-out text: ")[1].split()[0])
+        assert started == pytest.approx(continued, abs=1e-3)
+        adapted = PeftModel.from_pretrained(
+            AutoModelForCausalLM.from_pretrained(tmp_path / "attnres"), tmp_path / "adapter"
+        )
+        assert (adapted.merge_and_unload().model.output_res.query != 0).any()
 
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "trained")
     inputs = AutoTokenizer.from_pretrained(tmp_path / "trained")("import", return_tensors="pt")
