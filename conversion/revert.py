@@ -108,7 +108,7 @@ def _write_base_weights(checkpoint: Checkpoint, attn_res: set[str], folder: Path
     """Copies the shards of the base as they are and saves those anew that hold AttnRes tensors too."""
     shards = {shard: file.tensors.keys() - attn_res for shard, file in checkpoint.weights.files_metadata.items()}
     shards = {shard: kept for shard, kept in shards.items() if kept}
-    if len(shards) == 1:
+    if len(shards) == 1 and not base_shards:
         base_shards = dict.fromkeys(shards, SINGLE_SHARD)
     copied = []
     for shard, kept in shards.items():

@@ -1,11 +1,11 @@
 """Text files as blocks of tokens, for training."""
 
 import sysconfig
-from itertools import chain
 from pathlib import Path
 
 import transformers
-from datasets import Dataset, load_dataset
+from datasets import Dataset
+from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 
@@ -25,24 +25,21 @@ def token_blocks(files: list[str], tokenizer: PreTrainedTokenizerBase, length: i
     Cuts text files into blocks of `length` tokens, with an end-of-text token after each file.
 
     Returns:
-        `tuple[Dataset, Dataset]`: blocks to train on and, from each tenth file, blocks to evaluate on. Both have
-        `input_ids` and `labels`.
+        `tuple[Dataset, Dataset]`: blocks to train on and, from the last tenth of the text, blocks to evaluate on. Both
+        have `input_ids` and `labels`.
     """
-    documents = load_dataset("text", data_files=files, sample_by="document", split="train")
-    is_held_out = [index % 10 == 9 for index in range(len(documents))]
-    if not any(is_held_out):
-        raise ValueError(f"{len(documents)} text files were given, but at least 10 are needed to hold one out.")
-
-    def cut(batch):
+    end_of_text = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    stream = []
+    for file in tqdm(files, desc="Tokenizing", delay=1):
         # The blocks are cut here, so a text longer than the model's context is no cause for a warning
-        ids = tokenizer(batch["text"], add_special_tokens=False, verbose=False)["input_ids"]
-        stream = list(chain.from_iterable(document + [tokenizer.eos_token_id] for document in ids))
-        blocks = [stream[i : i + length] for i in range(0, len(stream) - length + 1, length)]
-        return {"input_ids": blocks, "labels": blocks}
-
-    def blocks(held_out):
-        rows = [index for index, is_out in enumerate(is_held_out) if is_out == held_out]
-        cut_documents = documents.select(rows).map(cut, batched=True, remove_columns=["text"], desc="Tokenizing")
-        return cut_documents.with_format("torch")
-
-    return blocks(held_out=False), blocks(held_out=True)
+        text = Path(file).read_text(encoding="utf-8")
+        stream += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] + end_of_text
+    blocks = [stream[i : i + length] for i in range(0, len(stream) - length + 1, length)]
+    if len(blocks) < 10:
+        raise ValueError(
+            f"{len(files)} text files make {len(blocks)} blocks of {length} tokens, but it takes 10 to hold one out: "
+            "give more text or a smaller block length."
+        )
+    dataset = Dataset.from_dict({"input_ids": blocks, "labels": blocks}).with_format("torch")
+    first_held_out = len(blocks) - len(blocks) // 10
+    return dataset.select(range(first_held_out)), dataset.select(range(first_held_out, len(blocks)))

@@ -15,6 +15,7 @@ from transformers import (
 )
 from transformers import initialization as init
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
 from transformers.masking_utils import create_causal_mask, create_masks_for_generate
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
@@ -157,7 +158,11 @@ class AttnResPreTrainedModel(PreTrainedModel):
         Some bases keep their weights otherwise on disk than in memory, for instance each expert by itself. transformers
         looks up how under the `model_type`, which is one for all bases: so it is set anew before each load and save.
         """
-        mapping = get_checkpoint_conversion_mapping(self.config.base_model_type) or []
+        mapping = [
+            # Saving, transformers looks for the second as a regular expression, where `.mlp.` finds `.mlp_res` too
+            WeightRenaming(entry.source_patterns[0], r"\.mlp\.") if entry.target_patterns == [".mlp."] else entry
+            for entry in get_checkpoint_conversion_mapping(self.config.base_model_type) or []
+        ]
         register_checkpoint_conversion_mapping(self.config.model_type, mapping, overwrite=True)
 
     def save_pretrained(self, *args, **kwargs):
@@ -269,7 +274,8 @@ class AttnResModel(AttnResPreTrainedModel):
                 **kwargs,
             )
 
-        return MoeModelOutputWithPast(last_hidden_state=self.norm(self.output_res(*sources)), **{CACHE_NAME: cache})
+        hidden_states = self.norm(self.output_res(*sources))
+        return MoeModelOutputWithPast(hidden_states, **{CACHE_NAME: cache if use_cache else None})
 
 
 class AttnResForCausalLM(AttnResPreTrainedModel, GenerationMixin):
@@ -353,15 +359,23 @@ class AttnResForCausalLM(AttnResPreTrainedModel, GenerationMixin):
         input_ids: torch.LongTensor,
         cache: Cache | None = None,
         past_key_values: Cache | None = None,
+        # Generation from embeddings asks for this name
+        inputs_embeds: torch.FloatTensor | None = None,
         **kwargs,
     ) -> dict:
+        if cache is not None and CACHE_NAME != "cache":
+            # Beside which it would make one of its own
+            raise ValueError(
+                "`generate` got a `cache`, which this version of transformers calls `past_key_values`: use that name."
+            )
         cache = past_key_values if cache is None else cache
         if self.config.base_model_type == "phi3" and cache is not None:
             # Its rotary embedding changes at this length, and what was cached before is of no use after
             if cache.get_seq_length() <= self.config.original_max_position_embeddings < input_ids.shape[1]:
                 cache = None
                 kwargs["next_sequence_length"] = None
-        return super().prepare_inputs_for_generation(input_ids, **{CACHE_NAME: cache}, **kwargs)
+        kwargs[CACHE_NAME] = cache
+        return super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
 
 
 # Trainer's label smoothing and `transformers serve` know a causal language model by the name of its class

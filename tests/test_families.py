@@ -53,6 +53,11 @@ def test_greedy_generation_is_the_base_s_token_for_token(family, shape, tokens):
     expected = base.generate(**tokens, max_new_tokens=20, do_sample=False)
     assert torch.equal(model.generate(**tokens, max_new_tokens=20, do_sample=False), expected)
 
+    embeddings = {"inputs_embeds": model.get_input_embeddings()(tokens["input_ids"])}
+    mask = {"attention_mask": tokens["attention_mask"]}
+    expected = base.generate(**embeddings, **mask, max_new_tokens=5, do_sample=False)
+    assert torch.equal(model.generate(**embeddings, **mask, max_new_tokens=5, do_sample=False), expected)
+
 
 # A token that rounding sends to another expert would drown the rounding itself
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family not in MIXTURES])
@@ -172,6 +177,12 @@ def test_checkpoints_keep_the_base_s_layout(family, tmp_path, tokens):
     with torch.no_grad():
         reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "fresh")
         torch.testing.assert_close(reloaded(**tokens).logits, model(**tokens).logits, rtol=0, atol=1e-5)
+
+    # Depth attention, which stands beside what some layouts rename, comes back as it was trained
+    randomise_depth_attention(model).save_pretrained(tmp_path / "trained")
+    reloaded, info = AutoModelForCausalLM.from_pretrained(tmp_path / "trained", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert all(torch.equal(tensor, reloaded.state_dict()[name]) for name, tensor in model.state_dict().items())
 
 
 @torch.no_grad()

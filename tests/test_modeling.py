@@ -142,6 +142,12 @@ def test_static_cache_by_hand(name, base, tokens, recwarn):
 
 
 @torch.no_grad()
+def test_no_cache_is_returned_that_was_not_asked_for(base, tokens):
+    cache = StaticCache(config=base.config, max_cache_len=32)
+    assert len(trained(base, **BLOCK)(**tokens, use_cache=False, past_key_values=cache)) == 1
+
+
+@torch.no_grad()
 def test_padding_does_not_matter(base, tokens):
     model = trained(base, **BLOCK)
     padded = model(**tokens).logits
