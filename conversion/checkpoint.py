@@ -2,10 +2,12 @@
 """Checkpoint folders: read one without loading it, fill a new one that is there whole or not at all."""
 
 import errno
+import glob
 import json
 import os
 import shutil
 import uuid
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,7 +20,7 @@ from tqdm import tqdm
 
 if TYPE_CHECKING:
     # Imported where it is used: `attnres --help` need not wait for it
-    from huggingface_hub.utils import SafetensorsRepoMetadata
+    from huggingface_hub.utils import SafetensorsFileMetadata, SafetensorsRepoMetadata
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
@@ -30,6 +32,9 @@ REPLACED = "attnres_base"
 # Weights in other formats and the state of a training run: none of it is part of the checkpoint
 _LEFT_BEHIND = ("*.bin", "*.ckpt", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.ot", "*.pt", "*.pth", "*.bin.index.json")
 _FOLDERS_LEFT_BEHIND = ("checkpoint-*", "runs")
+
+# Far more than any configuration has, and few enough for whatever walks through it
+_DEEPEST_JSON = 100
 
 
 @dataclass
@@ -74,46 +79,97 @@ def download(source: str, revision: str | None = None) -> Path:
 
 def read_checkpoint(folder: Path) -> Checkpoint:
     """
-    Reads config.json and the header of every shard, and checks that each shard is whole.
+    Reads config.json and the header of every shard, and checks that each shard is whole. The files may come from a
+    stranger: nothing outside of the folder is read, nothing is unpickled, no code is run.
 
     Raises:
         `FileNotFoundError`: no config.json, no safetensors weights, or a shard that the index names is missing.
-        `ValueError`: a file is not what it should be, for instance a truncated shard.
+        `ValueError`: a file is not what it should be, for instance a truncated shard or a link out of the folder.
     """
-    from huggingface_hub import get_local_safetensors_metadata
-    from huggingface_hub.errors import NotASafetensorsRepoError, SafetensorsParsingError
+    from huggingface_hub.utils import SafetensorsRepoMetadata
 
+    _refuse_links_out_of(folder)
     config = read_json(folder / CONFIG)
-    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
-        raise ValueError(f"{folder / CONFIG} has no `model_type`: it is not the configuration of a model.")
-    shards = [SINGLE_SHARD]
-    if not (folder / SINGLE_SHARD).exists() and (folder / INDEX).exists():
-        weight_map = read_json(folder / INDEX).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
-            raise ValueError(f"{folder / INDEX} has no `weight_map` from tensor names to file names.")
+    _check_config(config, folder / CONFIG)
+    if (folder / "adapter_config.json").exists():
+        raise ValueError(
+            f"{folder} holds a PEFT adapter (adapter_config.json) beside its weights, which transformers would "
+            "load with them: merge it (`merge_and_unload`), or take the checkpoint without it."
+        )
+    if (folder / SINGLE_SHARD).exists():
+        files = {SINGLE_SHARD: read_shard(folder / SINGLE_SHARD)}
+        weight_map = dict.fromkeys(files[SINGLE_SHARD].tensors, SINGLE_SHARD)
+    elif (folder / INDEX).exists():
+        weight_map = read_weight_map(folder / INDEX)
         shards = sorted(set(weight_map.values()))
         for shard in shards:
             if Path(shard).name != shard or not (folder / shard).is_file():
                 raise FileNotFoundError(f"{folder / INDEX} names the shard {shard!r}, which is not in the folder.")
-    elif not (folder / SINGLE_SHARD).exists():
+        files = {shard: read_shard(folder / shard) for shard in shards}
+        for name, shard in weight_map.items():
+            if name not in files[shard].tensors:
+                raise ValueError(f"{folder / INDEX} places the tensor {name!r} in {shard}, which does not hold it.")
+    else:
         raise FileNotFoundError(
             f"{folder} has no {SINGLE_SHARD} and no {INDEX}. If its weights are in another format, load it with "
             "transformers and save it again: `AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)`."
         )
-    for shard in shards:
-        try:
-            with safe_open(folder / shard, framework="numpy"):
-                pass
-        except SafetensorError as error:
-            raise ValueError(f"{folder / shard} is truncated or not a safetensors file: {error}") from error
+    weights = SafetensorsRepoMetadata(None, len(files) > 1, weight_map, files)
+    checkpoint = Checkpoint(folder, config, weights)
+    if sum(len(file.tensors) for file in files.values()) > len(checkpoint.tensors):
+        raise ValueError(f"{folder} holds a tensor twice, in two of its shards.")
+    layers = config.get("num_hidden_layers")
+    if isinstance(layers, int) and layers > len(checkpoint.tensors):
+        raise ValueError(
+            f"`num_hidden_layers` of {folder / CONFIG} is {layers}, but there are {len(checkpoint.tensors)} tensors."
+        )
+    return checkpoint
+
+
+def _refuse_links_out_of(folder: Path) -> None:
+    """Through such a link any file of this machine could come into the output."""
+    root = Path(os.path.realpath(folder))
+    inside = [root]
+    if root.parent.name == "snapshots":
+        # The Hub cache links each file of a snapshot to its content
+        inside.append(root.parent.parent / "blobs")
+    for path in sorted(folder.rglob("*")):
+        target = Path(os.path.realpath(path))
+        if path.is_symlink() and not any(allowed in target.parents for allowed in inside):
+            raise ValueError(f"{path} is a link out of the folder, to {target}: put the file itself in its place.")
+
+
+def _check_config(config: Any, path: Path) -> None:
+    """The parts of a configuration that are used before transformers has validated them."""
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+        raise ValueError(f"{path} has no `model_type`: it is not the configuration of a model.")
+    architectures, auto_map = config.get("architectures"), config.get("auto_map")
+    if architectures is not None and not (
+        isinstance(architectures, list) and all(isinstance(name, str) for name in architectures)
+    ):
+        raise ValueError(f"`architectures` of {path} is {architectures!r}, but it has to be a list of class names.")
+    if auto_map is not None and not isinstance(auto_map, dict):
+        raise ValueError(f"`auto_map` of {path} is {auto_map!r}, but it has to map Auto classes to class names.")
+    for name in ("attn_implementation", "experts_implementation"):
+        for field in (name, f"_{name}", f"_{name}_internal"):
+            # As in owner/name: transformers would fetch such a kernel from the Hub and run it
+            if "/" in str(config.get(field)):
+                raise ValueError(f"`{field}` of {path} is {config[field]!r}, code from the Hub: take the field out.")
+
+
+def read_shard(path: Path) -> "SafetensorsFileMetadata":
+    """The header of a shard that is whole: its tensors lie side by side and fill the file."""
+    from huggingface_hub import get_local_safetensors_metadata
+
     try:
-        weights = get_local_safetensors_metadata(folder)
-    except (NotASafetensorsRepoError, SafetensorsParsingError) as error:
-        raise ValueError(f"{folder} has weights that cannot be read: {error}") from error
-    for name, shard in weights.weight_map.items():
-        if name not in weights.files_metadata[shard].tensors:
-            raise ValueError(f"{folder / INDEX} places the tensor {name!r} in {shard}, which does not hold it.")
-    return Checkpoint(folder, config, weights)
+        with safe_open(path, framework="numpy"):
+            pass
+    except SafetensorError as error:
+        raise ValueError(f"{path} is truncated or not a safetensors file: {error}") from error
+    with path.open("rb") as file:
+        # Of two tensors of one name the library takes one
+        parse_json(file.read(int.from_bytes(file.read(8), "little")), f"The header of {path}")
+    return get_local_safetensors_metadata(path).files_metadata[path.name]
 
 
 def shard_name(number: int, count: int) -> str:
@@ -124,10 +180,39 @@ def shard_name(number: int, count: int) -> str:
 def read_json(path: Path) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"{path.parent} has no {path.name}.")
+    return parse_json(path.read_bytes(), path)
+
+
+def parse_json(text: bytes, origin: Path | str) -> Any:
+    """JSON that every reader understands alike."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        content = dict(pairs)
+        if len(content) < len(pairs):
+            names = [name for name, _ in pairs]
+            raise ValueError(f"{next(name for name in content if names.count(name) > 1)!r} stands there twice")
+        return content
+
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
+        content = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{origin} is not valid JSON: {error}") from error
+    level, depth = [content], 0
+    while level := [part for part in level if isinstance(part, (dict, list))]:
+        depth += 1
+        if depth > _DEEPEST_JSON:
+            raise ValueError(f"{origin} is nested more than {_DEEPEST_JSON} levels deep.")
+        level = [child for part in level for child in (part.values() if isinstance(part, dict) else part)]
+    return content
+
+
+def read_weight_map(index: Path) -> dict[str, str]:
+    """The file that holds each tensor, by the tensor's name."""
+    content = read_json(index)
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+        raise ValueError(f"{index} has no `weight_map` from tensor names to file names.")
+    return weight_map
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -136,12 +221,10 @@ def write_json(path: Path, content: Any) -> None:
 
 def write_index(folder: Path) -> None:
     """Writes the index over all shards in the folder."""
-    from huggingface_hub import get_local_safetensors_metadata
-
     shards = sorted(path.name for path in folder.glob("*.safetensors"))
     weight_map, size, parameters = {}, 0, 0
     for shard in shards:
-        for name, info in get_local_safetensors_metadata(folder / shard).files_metadata[shard].tensors.items():
+        for name, info in read_shard(folder / shard).tensors.items():
             weight_map[name] = shard
             size += info.data_offsets[1] - info.data_offsets[0]
             parameters += info.parameter_count
@@ -152,7 +235,8 @@ def write_index(folder: Path) -> None:
 @contextmanager
 def new_folder(output: Path, source: Path) -> Iterator[Path]:
     """
-    A folder to write to, beside `output`, that becomes `output` if the block ends well and is removed otherwise.
+    A folder to write to, beside `output`, that becomes `output` if the block ends well and is removed otherwise. A
+    process that is killed leaves it behind, under its hidden name: nobody else can tell whether it is still written to.
 
     Raises:
         `FileExistsError`: `output` is there already and not an empty folder.
@@ -168,19 +252,39 @@ def new_folder(output: Path, source: Path) -> Iterator[Path]:
     if source.resolve() in target.parents:
         raise ValueError(f"The output {output} lies in the source {source}: choose a folder outside of it.")
     target.parent.mkdir(parents=True, exist_ok=True)
+    for unfinished in sorted(target.parent.glob(f".{glob.escape(target.name)}.*.partial")):
+        message = f"{unfinished} is what a killed run left, or one that still goes on: if none does, remove it."
+        warnings.warn(message, stacklevel=4)
     partial = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.partial"
     partial.mkdir()
     try:
         yield partial
+        # On the disk before it has its name: a power cut must not leave one without the other
+        for path in (*partial.rglob("*"), partial):
+            _sync(path)
         try:
             partial.rename(target)
         except OSError as error:
             if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
                 raise taken from error
             raise
-    except BaseException:
-        shutil.rmtree(partial)
+    except BaseException as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, OSError) and error.filename is None:
+            # A full disk does not say where
+            error.filename = str(output)
         raise
+    _sync(target.parent)
+
+
+def _sync(path: Path) -> None:
+    # Elsewhere a folder cannot be opened, nor a file synced that is open for reading
+    if os.name == "posix":
+        file = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(file)
+        finally:
+            os.close(file)
 
 
 def place_files(pairs: list[tuple[Path, Path]], link: bool = False) -> None:
