@@ -270,7 +270,7 @@ def new_folder(output: Path, source: Path) -> Iterator[Path]:
             raise
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, OSError) and error.filename is None:
+        if isinstance(error, OSError) and error.errno is not None and error.filename is None:
             # A full disk does not say where
             error.filename = str(output)
         raise
