@@ -91,15 +91,17 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     _refuse_links_out_of(folder)
     config = read_json(folder / CONFIG)
     _check_config(config, folder / CONFIG)
+    if (folder / TOKENIZER_CONFIG).is_file():
+        _check_tokenizer_config(read_json(folder / TOKENIZER_CONFIG), folder)
     if (folder / "adapter_config.json").exists():
         raise ValueError(
             f"{folder} holds a PEFT adapter (adapter_config.json) beside its weights, which transformers would "
             "load with them: merge it (`merge_and_unload`), or take the checkpoint without it."
         )
-    if (folder / SINGLE_SHARD).exists():
+    if (folder / SINGLE_SHARD).is_file():
         files = {SINGLE_SHARD: read_shard(folder / SINGLE_SHARD)}
         weight_map = dict.fromkeys(files[SINGLE_SHARD].tensors, SINGLE_SHARD)
-    elif (folder / INDEX).exists():
+    elif (folder / INDEX).is_file():
         weight_map = read_weight_map(folder / INDEX)
         shards = sorted(set(weight_map.values()))
         for shard in shards:
@@ -119,7 +121,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     if sum(len(file.tensors) for file in files.values()) > len(checkpoint.tensors):
         raise ValueError(f"{folder} holds a tensor twice, in two of its shards.")
     layers = config.get("num_hidden_layers")
-    if isinstance(layers, int) and layers > len(checkpoint.tensors):
+    if isinstance(layers, int) and not 0 <= layers <= len(checkpoint.tensors):
         raise ValueError(
             f"`num_hidden_layers` of {folder / CONFIG} is {layers}, but there are {len(checkpoint.tensors)} tensors."
         )
@@ -155,6 +157,19 @@ def _check_config(config: Any, path: Path) -> None:
             # As in owner/name: transformers would fetch such a kernel from the Hub and run it
             if "/" in str(config.get(field)):
                 raise ValueError(f"`{field}` of {path} is {config[field]!r}, code from the Hub: take the field out.")
+
+
+def _check_tokenizer_config(config: Any, folder: Path) -> None:
+    """AutoTokenizer takes some of it for paths, and opens them wherever they lead."""
+    path, root = folder / TOKENIZER_CONFIG, Path(os.path.realpath(folder))
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} is not the configuration of a tokenizer.")
+    for field, value in config.items():
+        # Older tokenizers kept in this one where they were made, and nothing opens it
+        for name in [] if field == "special_tokens_map_file" else value if isinstance(value, list) else [value]:
+            for file in (name, root / name) if isinstance(name, str) else ():
+                if os.path.isfile(file) and root not in Path(os.path.abspath(file)).parents:
+                    raise ValueError(f"`{field}` of {path} names {name!r}, a file outside of the folder: take it out.")
 
 
 def read_shard(path: Path) -> "SafetensorsFileMetadata":

@@ -225,12 +225,7 @@ def _tokenizer_class(base: Checkpoint) -> str | None:
 
 
 def _tokenizer_config(base: Checkpoint) -> dict[str, Any]:
-    if not (base.folder / TOKENIZER_CONFIG).is_file():
-        return {}
-    content = read_json(base.folder / TOKENIZER_CONFIG)
-    if not isinstance(content, dict):
-        raise ValueError(f"{base.folder / TOKENIZER_CONFIG} is not the configuration of a tokenizer.")
-    return content
+    return read_json(base.folder / TOKENIZER_CONFIG) if (base.folder / TOKENIZER_CONFIG).is_file() else {}
 
 
 def _licence(base: Checkpoint) -> dict[str, Any]:
