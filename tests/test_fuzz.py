@@ -47,10 +47,20 @@ BYTES = st.lists(st.tuples(st.integers(0, 2**16), st.binary(max_size=4)), max_si
 
 
 @cache
+def a_retrofit():
+    return retrofit(bases() / "sharded", bases() / "attnres")
+
+
+@cache
 def config_fields():
     """Names of fields that a Llama's configuration has, and of those that are read beside them."""
     config = json.loads((bases() / "single" / "config.json").read_text())
     return sorted({*config, "auto_map", "quantization_config", "layer_types", "sliding_window", "attn_implementation"})
+
+
+@cache
+def retrofit_fields():
+    return sorted(json.loads((a_retrofit() / "config.json").read_text()))
 
 
 def outcome(folder):
@@ -139,6 +149,31 @@ def any_header(entry, entries, length, changes):
     return with_changed("single", change)
 
 
+def any_retrofit(fields, changes, base_index, index_changes):
+    """What `revert` is given."""
+    with tempfile.TemporaryDirectory() as work, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        folder = shutil.copytree(a_retrofit(), Path(work) / "attnres")
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, **fields}))
+        overwrite(folder / "config.json", changes)
+        index = json.loads((folder / "attnres_base" / INDEX).read_text())
+        (folder / "attnres_base" / INDEX).write_text(json.dumps({**index, **base_index}))
+        overwrite(folder / "attnres_base" / INDEX, index_changes)
+        before = file_bytes(folder)
+        try:
+            revert(folder, Path(work) / "reverted")
+        except (ValueError, OSError) as error:
+            assert str(error) and [path.name for path in Path(work).iterdir()] == ["attnres"]
+            return type(error).__name__
+        finally:
+            assert file_bytes(folder) == before
+        expected = tensor_hashes(bases() / "sharded")
+        actual = tensor_hashes(Path(work) / "reverted")
+        assert {name: actual[name] for name in expected} == expected
+        return "revert"
+
+
 SHARD_NAMES = st.sampled_from(["model-00001-of-00002.safetensors", "../secret", "/etc/passwd", ".", "config.json"])
 ENTRY = st.fixed_dictionaries(
     {},
@@ -164,6 +199,12 @@ TARGETS = {
         "entries": st.dictionaries(TENSOR_NAMES, SHARD_NAMES | VALUES, max_size=2),
         "others": st.dictionaries(st.sampled_from(["weight_map", "metadata", "a"]), VALUES, max_size=1),
         "changes": BYTES,
+    },
+    any_retrofit: {
+        "fields": st.dictionaries(st.deferred(lambda: st.sampled_from(retrofit_fields())), VALUES, max_size=3),
+        "changes": BYTES,
+        "base_index": st.dictionaries(st.just("weight_map"), VALUES, max_size=1),
+        "index_changes": BYTES,
     },
     any_header: {
         "entry": ENTRY,
@@ -201,3 +242,7 @@ def test_any_index():
 
 def test_any_header():
     assert {"retrofit", "ValueError"} <= fuzz(any_header, EXAMPLES).keys()
+
+
+def test_any_retrofit():
+    assert {"revert", "ValueError"} <= fuzz(any_retrofit, EXAMPLES).keys()
