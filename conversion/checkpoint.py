@@ -9,7 +9,7 @@ import shutil
 import uuid
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -116,7 +116,8 @@ def read_checkpoint(folder: Path) -> Checkpoint:
             f"{folder} has no {SINGLE_SHARD} and no {INDEX}. If its weights are in another format, load it with "
             "transformers and save it again: `AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)`."
         )
-    weights = SafetensorsRepoMetadata(None, len(files) > 1, weight_map, files)
+    sharded = len(files) > 1
+    weights = SafetensorsRepoMetadata(metadata=None, sharded=sharded, weight_map=weight_map, files_metadata=files)
     checkpoint = Checkpoint(folder, config, weights)
     if sum(len(file.tensors) for file in files.values()) > len(checkpoint.tensors):
         raise ValueError(f"{folder} holds a tensor twice, in two of its shards.")
@@ -289,7 +290,9 @@ def new_folder(output: Path, source: Path) -> Iterator[Path]:
             # A full disk does not say where
             error.filename = str(output)
         raise
-    _sync(target.parent)
+    # The output is there, whatever becomes of this
+    with suppress(OSError):
+        _sync(target.parent)
 
 
 def _sync(path: Path) -> None:
@@ -298,6 +301,10 @@ def _sync(path: Path) -> None:
         file = os.open(path, os.O_RDONLY)
         try:
             os.fsync(file)
+        except OSError as error:
+            # Some network file systems cannot sync a folder
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+                raise
         finally:
             os.close(file)
 

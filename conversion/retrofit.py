@@ -211,6 +211,12 @@ def _tokenizer_class(base: Checkpoint) -> str | None:
     from transformers import AutoTokenizer
 
     content = _tokenizer_config(base)
+    if "auto_map" in content or "AutoTokenizer" in (base.config.get("auto_map") or {}):
+        warnings.warn(
+            f"The tokenizer of {base.folder} brings code of its own. It is not run here, but whoever loads it with "
+            "`trust_remote_code=True` runs it.",
+            stacklevel=3,
+        )
     if not any(base.folder.glob("token*")) or "auto_map" in content:
         return None
     try:

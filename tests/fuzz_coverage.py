@@ -74,12 +74,15 @@ def main():
         for other in (CONFIG, TOKENIZER_CONFIG):
             (WORK / name / other).write_bytes(SEEDS[other])
         (WORK / name / ("a.safetensors" if name == INDEX else SINGLE_SHARD)).write_bytes(SHARD)
-    try:
-        # It ends the process by itself
-        atheris.Setup([*sys.argv, "-rss_limit_mb=4096", "-timeout=30", str(WORK / "corpus")], test_one)
-        atheris.Fuzz()
-    finally:
+    fuzzer = os.fork()
+    if fuzzer:
+        _, status = os.waitpid(fuzzer, 0)
         shutil.rmtree(WORK)
+        raise SystemExit(os.waitstatus_to_exitcode(status))
+    # It ends the process by itself
+    limits = ["-rss_limit_mb=4096", "-timeout=30", "-max_len=4096", "-len_control=0"]
+    atheris.Setup([*sys.argv, *limits, str(WORK / "corpus")], test_one)
+    atheris.Fuzz()
 
 
 if __name__ == "__main__":

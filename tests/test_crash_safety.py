@@ -16,6 +16,8 @@ from transformers import AutoModelForCausalLM
 from attnres_conversion import retrofit, revert, verify
 
 
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks, mounts a small disk and reads /proc")
+
 # Calls into the operating system, from the first folder made on
 BOUNDARIES = {"mkdir", "open", "write", "__exit__", "link", "fsync", "rename", "unlink", "rmdir"}
 
@@ -229,7 +231,6 @@ def remount(disk, options):
     subprocess.run(["mount", "-o", f"remount,{options}", disk], check=True)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="a small disk is a tmpfs")
 def test_the_disk_is_full(work, disk):
     """From no room at all to enough: an error, and the disk as empty as before."""
     errors = 0
@@ -247,7 +248,6 @@ def test_the_disk_is_full(work, disk):
     assert errors > 5 and file_bytes(disk / "output") == work.expected
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="a small disk is a tmpfs")
 def test_the_disk_is_read_only(work, disk):
     remount(disk, "ro")
     with pytest.raises(OSError, match="Read-only file system.*disk"):
