@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
+from .untrusted import check_config, check_tokenizer_config, parse_json, refuse_links_out_of
+
 
 if TYPE_CHECKING:
     # Imported where it is used: `attnres --help` need not wait for it
@@ -32,9 +34,6 @@ REPLACED = "attnres_base"
 # Weights in other formats and the state of a training run: none of it is part of the checkpoint
 _LEFT_BEHIND = ("*.bin", "*.ckpt", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.ot", "*.pt", "*.pth", "*.bin.index.json")
 _FOLDERS_LEFT_BEHIND = ("checkpoint-*", "runs")
-
-# Far more than any configuration has, and few enough for whatever walks through it
-_DEEPEST_JSON = 100
 
 
 @dataclass
@@ -88,11 +87,11 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     """
     from huggingface_hub.utils import SafetensorsRepoMetadata
 
-    _refuse_links_out_of(folder)
+    refuse_links_out_of(folder)
     config = read_json(folder / CONFIG)
-    _check_config(config, folder / CONFIG)
+    check_config(config, folder / CONFIG)
     if (folder / TOKENIZER_CONFIG).is_file():
-        _check_tokenizer_config(read_json(folder / TOKENIZER_CONFIG), folder)
+        check_tokenizer_config(read_json(folder / TOKENIZER_CONFIG), folder / TOKENIZER_CONFIG)
     if (folder / "adapter_config.json").exists():
         raise ValueError(
             f"{folder} holds a PEFT adapter (adapter_config.json) beside its weights, which transformers would "
@@ -129,50 +128,6 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     return checkpoint
 
 
-def _refuse_links_out_of(folder: Path) -> None:
-    """Through such a link any file of this machine could come into the output."""
-    root = Path(os.path.realpath(folder))
-    inside = [root]
-    if root.parent.name == "snapshots":
-        # The Hub cache links each file of a snapshot to its content
-        inside.append(root.parent.parent / "blobs")
-    for path in sorted(folder.rglob("*")):
-        target = Path(os.path.realpath(path))
-        if path.is_symlink() and not any(allowed in target.parents for allowed in inside):
-            raise ValueError(f"{path} is a link out of the folder, to {target}: put the file itself in its place.")
-
-
-def _check_config(config: Any, path: Path) -> None:
-    """The parts of a configuration that are used before transformers has validated them."""
-    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
-        raise ValueError(f"{path} has no `model_type`: it is not the configuration of a model.")
-    architectures, auto_map = config.get("architectures"), config.get("auto_map")
-    if architectures is not None and not (
-        isinstance(architectures, list) and all(isinstance(name, str) for name in architectures)
-    ):
-        raise ValueError(f"`architectures` of {path} is {architectures!r}, but it has to be a list of class names.")
-    if auto_map is not None and not isinstance(auto_map, dict):
-        raise ValueError(f"`auto_map` of {path} is {auto_map!r}, but it has to map Auto classes to class names.")
-    for name in ("attn_implementation", "experts_implementation"):
-        for field in (name, f"_{name}", f"_{name}_internal"):
-            # As in owner/name: transformers would fetch such a kernel from the Hub and run it
-            if "/" in str(config.get(field)):
-                raise ValueError(f"`{field}` of {path} is {config[field]!r}, code from the Hub: take the field out.")
-
-
-def _check_tokenizer_config(config: Any, folder: Path) -> None:
-    """AutoTokenizer takes some of it for paths, and opens them wherever they lead."""
-    path, root = folder / TOKENIZER_CONFIG, Path(os.path.realpath(folder))
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} is not the configuration of a tokenizer.")
-    for field, value in config.items():
-        # Older tokenizers kept in this one where they were made, and nothing opens it
-        for name in [] if field == "special_tokens_map_file" else value if isinstance(value, list) else [value]:
-            for file in (name, root / name) if isinstance(name, str) else ():
-                if os.path.isfile(file) and root not in Path(os.path.abspath(file)).parents:
-                    raise ValueError(f"`{field}` of {path} names {name!r}, a file outside of the folder: take it out.")
-
-
 def read_shard(path: Path) -> "SafetensorsFileMetadata":
     """The header of a shard that is whole: its tensors lie side by side and fill the file."""
     from huggingface_hub import get_local_safetensors_metadata
@@ -197,29 +152,6 @@ def read_json(path: Path) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"{path.parent} has no {path.name}.")
     return parse_json(path.read_bytes(), path)
-
-
-def parse_json(text: bytes, origin: Path | str) -> Any:
-    """JSON that every reader understands alike."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        content = dict(pairs)
-        if len(content) < len(pairs):
-            names = [name for name, _ in pairs]
-            raise ValueError(f"{next(name for name in content if names.count(name) > 1)!r} stands there twice")
-        return content
-
-    try:
-        content = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{origin} is not valid JSON: {error}") from error
-    level, depth = [content], 0
-    while level := [part for part in level if isinstance(part, (dict, list))]:
-        depth += 1
-        if depth > _DEEPEST_JSON:
-            raise ValueError(f"{origin} is nested more than {_DEEPEST_JSON} levels deep.")
-        level = [child for part in level for child in (part.values() if isinstance(part, dict) else part)]
-    return content
 
 
 def read_weight_map(index: Path) -> dict[str, str]:
