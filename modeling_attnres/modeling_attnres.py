@@ -15,6 +15,7 @@ from transformers import (
 )
 from transformers import initialization as init
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
 from transformers.masking_utils import create_causal_mask, create_masks_for_generate
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
@@ -161,6 +162,13 @@ class AttnResPreTrainedModel(PreTrainedModel):
         looks up how under the `model_type`, which is one for all bases: so it is set anew before each load and save.
         """
         mapping = get_checkpoint_conversion_mapping(self.config.base_model_type) or []
+        # A save goes back from targets to sources, as patterns: the dots of `.mlp.` would match in `.mlp_res.query` too
+        mapping = [
+            WeightRenaming(entry.source_patterns, [target.replace(".", r"\.") for target in entry.target_patterns])
+            if type(entry) is WeightRenaming and not any("\\" in target for target in entry.target_patterns)
+            else entry
+            for entry in mapping
+        ]
         register_checkpoint_conversion_mapping(self.config.model_type, mapping, overwrite=True)
 
     def save_pretrained(self, *args, **kwargs):
