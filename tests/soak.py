@@ -215,7 +215,7 @@ def precision(count):
 
 
 # Each with its own count
-RUNS = {crash: 1800, fuzz: 5000, rounds: 1000, training: 1500, precision: 5}
+RUNS = {crash: 450, fuzz: 600, rounds: 1000, training: 600, precision: 3}
 
 
 def main():
