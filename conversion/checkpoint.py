@@ -2,12 +2,14 @@
 """Checkpoint folders: read one without loading it, fill a new one that is there whole or not at all."""
 
 import errno
+import glob
 import json
 import os
 import shutil
 import uuid
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,10 +17,12 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
+from .untrusted import check_config, check_tokenizer_config, parse_json, refuse_links_out_of
+
 
 if TYPE_CHECKING:
     # Imported where it is used: `attnres --help` need not wait for it
-    from huggingface_hub.utils import SafetensorsRepoMetadata
+    from huggingface_hub.utils import SafetensorsFileMetadata, SafetensorsRepoMetadata
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
@@ -74,46 +78,69 @@ def download(source: str, revision: str | None = None) -> Path:
 
 def read_checkpoint(folder: Path) -> Checkpoint:
     """
-    Reads config.json and the header of every shard, and checks that each shard is whole.
+    Reads config.json and the header of every shard, and checks that each shard is whole. The files may come from a
+    stranger: nothing outside of the folder is read, nothing is unpickled, no code is run.
 
     Raises:
         `FileNotFoundError`: no config.json, no safetensors weights, or a shard that the index names is missing.
-        `ValueError`: a file is not what it should be, for instance a truncated shard.
+        `ValueError`: a file is not what it should be, for instance a truncated shard or a link out of the folder.
     """
-    from huggingface_hub import get_local_safetensors_metadata
-    from huggingface_hub.errors import NotASafetensorsRepoError, SafetensorsParsingError
+    from huggingface_hub.utils import SafetensorsRepoMetadata
 
+    refuse_links_out_of(folder)
     config = read_json(folder / CONFIG)
-    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
-        raise ValueError(f"{folder / CONFIG} has no `model_type`: it is not the configuration of a model.")
-    shards = [SINGLE_SHARD]
-    if not (folder / SINGLE_SHARD).exists() and (folder / INDEX).exists():
-        weight_map = read_json(folder / INDEX).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
-            raise ValueError(f"{folder / INDEX} has no `weight_map` from tensor names to file names.")
+    check_config(config, folder / CONFIG)
+    if (folder / TOKENIZER_CONFIG).is_file():
+        check_tokenizer_config(read_json(folder / TOKENIZER_CONFIG), folder / TOKENIZER_CONFIG)
+    if (folder / "adapter_config.json").exists():
+        raise ValueError(
+            f"{folder} holds a PEFT adapter (adapter_config.json) beside its weights, which transformers would "
+            "load with them: merge it (`merge_and_unload`), or take the checkpoint without it."
+        )
+    if (folder / SINGLE_SHARD).is_file():
+        files = {SINGLE_SHARD: read_shard(folder / SINGLE_SHARD)}
+        weight_map = dict.fromkeys(files[SINGLE_SHARD].tensors, SINGLE_SHARD)
+    elif (folder / INDEX).is_file():
+        weight_map = read_weight_map(folder / INDEX)
         shards = sorted(set(weight_map.values()))
         for shard in shards:
             if Path(shard).name != shard or not (folder / shard).is_file():
                 raise FileNotFoundError(f"{folder / INDEX} names the shard {shard!r}, which is not in the folder.")
-    elif not (folder / SINGLE_SHARD).exists():
+        files = {shard: read_shard(folder / shard) for shard in shards}
+        for name, shard in weight_map.items():
+            if name not in files[shard].tensors:
+                raise ValueError(f"{folder / INDEX} places the tensor {name!r} in {shard}, which does not hold it.")
+    else:
         raise FileNotFoundError(
             f"{folder} has no {SINGLE_SHARD} and no {INDEX}. If its weights are in another format, load it with "
             "transformers and save it again: `AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)`."
         )
-    for shard in shards:
-        try:
-            with safe_open(folder / shard, framework="numpy"):
-                pass
-        except SafetensorError as error:
-            raise ValueError(f"{folder / shard} is truncated or not a safetensors file: {error}") from error
+    sharded = len(files) > 1
+    weights = SafetensorsRepoMetadata(metadata=None, sharded=sharded, weight_map=weight_map, files_metadata=files)
+    checkpoint = Checkpoint(folder, config, weights)
+    if sum(len(file.tensors) for file in files.values()) > len(checkpoint.tensors):
+        raise ValueError(f"{folder} holds a tensor twice, in two of its shards.")
+    layers = config.get("num_hidden_layers")
+    if isinstance(layers, int) and not 0 <= layers <= len(checkpoint.tensors):
+        raise ValueError(
+            f"`num_hidden_layers` of {folder / CONFIG} is {layers}, but there are {len(checkpoint.tensors)} tensors."
+        )
+    return checkpoint
+
+
+def read_shard(path: Path) -> "SafetensorsFileMetadata":
+    """The header of a shard that is whole: its tensors lie side by side and fill the file."""
+    from huggingface_hub import get_local_safetensors_metadata
+
     try:
-        weights = get_local_safetensors_metadata(folder)
-    except (NotASafetensorsRepoError, SafetensorsParsingError) as error:
-        raise ValueError(f"{folder} has weights that cannot be read: {error}") from error
-    for name, shard in weights.weight_map.items():
-        if name not in weights.files_metadata[shard].tensors:
-            raise ValueError(f"{folder / INDEX} places the tensor {name!r} in {shard}, which does not hold it.")
-    return Checkpoint(folder, config, weights)
+        with safe_open(path, framework="numpy"):
+            pass
+    except SafetensorError as error:
+        raise ValueError(f"{path} is truncated or not a safetensors file: {error}") from error
+    with path.open("rb") as file:
+        # Of two tensors of one name the library takes one
+        parse_json(file.read(int.from_bytes(file.read(8), "little")), f"The header of {path}")
+    return get_local_safetensors_metadata(path).files_metadata[path.name]
 
 
 def shard_name(number: int, count: int) -> str:
@@ -124,10 +151,16 @@ def shard_name(number: int, count: int) -> str:
 def read_json(path: Path) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"{path.parent} has no {path.name}.")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    return parse_json(path.read_bytes(), path)
+
+
+def read_weight_map(index: Path) -> dict[str, str]:
+    """The file that holds each tensor, by the tensor's name."""
+    content = read_json(index)
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+        raise ValueError(f"{index} has no `weight_map` from tensor names to file names.")
+    return weight_map
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -136,12 +169,10 @@ def write_json(path: Path, content: Any) -> None:
 
 def write_index(folder: Path) -> None:
     """Writes the index over all shards in the folder."""
-    from huggingface_hub import get_local_safetensors_metadata
-
     shards = sorted(path.name for path in folder.glob("*.safetensors"))
     weight_map, size, parameters = {}, 0, 0
     for shard in shards:
-        for name, info in get_local_safetensors_metadata(folder / shard).files_metadata[shard].tensors.items():
+        for name, info in read_shard(folder / shard).tensors.items():
             weight_map[name] = shard
             size += info.data_offsets[1] - info.data_offsets[0]
             parameters += info.parameter_count
@@ -152,7 +183,8 @@ def write_index(folder: Path) -> None:
 @contextmanager
 def new_folder(output: Path, source: Path) -> Iterator[Path]:
     """
-    A folder to write to, beside `output`, that becomes `output` if the block ends well and is removed otherwise.
+    A folder to write to, beside `output`, that becomes `output` if the block ends well and is removed otherwise. A
+    process that is killed leaves it behind, under its hidden name: nobody else can tell whether it is still written to.
 
     Raises:
         `FileExistsError`: `output` is there already and not an empty folder.
@@ -168,19 +200,45 @@ def new_folder(output: Path, source: Path) -> Iterator[Path]:
     if source.resolve() in target.parents:
         raise ValueError(f"The output {output} lies in the source {source}: choose a folder outside of it.")
     target.parent.mkdir(parents=True, exist_ok=True)
+    for unfinished in sorted(target.parent.glob(f".{glob.escape(target.name)}.*.partial")):
+        message = f"{unfinished} is what a killed run left, or one that still goes on: if none does, remove it."
+        warnings.warn(message, stacklevel=4)
     partial = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.partial"
     partial.mkdir()
     try:
         yield partial
+        # On the disk before it has its name: a power cut must not leave one without the other
+        for path in (*partial.rglob("*"), partial):
+            _sync(path)
         try:
             partial.rename(target)
         except OSError as error:
             if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
                 raise taken from error
             raise
-    except BaseException:
-        shutil.rmtree(partial)
+    except BaseException as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, OSError) and error.errno is not None and error.filename is None:
+            # A full disk does not say where
+            error.filename = str(output)
         raise
+    # The output is there, whatever becomes of this
+    with suppress(OSError):
+        _sync(target.parent)
+
+
+def _sync(path: Path) -> None:
+    # Elsewhere a folder cannot be opened, nor a file synced that is open for reading
+    if os.name == "posix":
+        file = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(file)
+        except OSError as error:
+            # Some network file systems cannot sync a folder
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+                raise
+        finally:
+            os.close(file)
 
 
 def place_files(pairs: list[tuple[Path, Path]], link: bool = False) -> None:

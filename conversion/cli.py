@@ -87,10 +87,8 @@ def revert(
 @contextmanager
 def errors_in_one_line() -> Iterator[None]:
     """What can be wrong with the input ends the command with a message; anything else is a bug and shows its trace."""
-    from huggingface_hub.errors import StrictDataclassError
-
     try:
         yield
-    except (OSError, ValueError, ImportError, StrictDataclassError) as error:
+    except (OSError, ValueError, ImportError) as error:
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(1) from error

@@ -80,6 +80,16 @@ def retrofit(
     }
     config, config_json, tensors = _plan(base, attn_res)
     tokenizer_config, tokenizer_class = _tokenizer_config(base), _tokenizer_class(base)
+    licence = _licence(base)
+    ours = {CONFIG, INDEX, "README.md"}
+    if tokenizer_class is not None and tokenizer_config:
+        tokenizer_config["tokenizer_class"] = tokenizer_class
+        ours.add(TOKENIZER_CONFIG)
+    elif tokenizer_class is not None:
+        config_json["tokenizer_class"] = tokenizer_class
+    # Listed before anything is written: a file that vanishes meanwhile is missed
+    others = [file for file in base.other_files() if str(file) not in ours]
+    replaced = [name for name in sorted(ours) if (base.folder / name).is_file()]
 
     with new_folder(output, base.folder) as folder:
         shards = sorted(base.weights.files_metadata)
@@ -87,32 +97,64 @@ def retrofit(
         place_files([(base.folder / s, folder / shard_name(i, count)) for i, s in enumerate(shards, 1)], link)
         _save_tensors(tensors, folder / shard_name(count, count))
         write_index(folder)
-        ours = {CONFIG, INDEX, "README.md"}
-        if tokenizer_class is not None and tokenizer_config:
-            write_json(folder / TOKENIZER_CONFIG, {**tokenizer_config, "tokenizer_class": tokenizer_class})
-            ours.add(TOKENIZER_CONFIG)
-        elif tokenizer_class is not None:
-            config_json["tokenizer_class"] = tokenizer_class
+        if TOKENIZER_CONFIG in ours:
+            write_json(folder / TOKENIZER_CONFIG, tokenizer_config)
         write_json(folder / CONFIG, config_json)
-
-        others = [file for file in base.other_files() if str(file) not in ours]
-        replaced = [name for name in sorted(ours) if (base.folder / name).is_file()]
         place_files([(base.folder / file, folder / file) for file in others])
         place_files([(base.folder / name, folder / REPLACED / name) for name in replaced])
         for file in code_files():
             (folder / file.name).write_bytes(file.read_bytes())
-        _write_model_card(folder / "README.md", base, source, config)
+        _write_model_card(folder / "README.md", licence, source, config)
+        # A source that somebody writes to meanwhile is copied half old, half new
+        written = read_checkpoint(folder).tensors
+        if {name: written.get(name) for name in base.tensors} != base.tensors:
+            raise ValueError(f"{base.folder} changed while it was copied: try again when nothing writes to it.")
     return output
 
 
-def attn_res_tensors(config: "AttnResConfig", architecture: str) -> dict[str, "torch.Tensor"]:
-    """The tensors that a model of that class has beside its base's, with their first values, in float32."""
+def read_config(checkpoint: Checkpoint, **attn_res) -> "AttnResConfig":
+    """
+    The AttnRes configuration in a checkpoint's config.json, or in a base's together with the `attn_res` fields.
+
+    Raises:
+        `ValueError`: whatever transformers finds wrong with it.
+    """
+    from modeling_attnres import AttnResConfig
+
+    try:
+        return AttnResConfig.from_dict({**checkpoint.config, **attn_res})
+    except Exception as error:  # noqa: BLE001  a stranger's file: transformers may stumble over it anywhere
+        raise ValueError(f"No valid configuration from {checkpoint.folder / CONFIG}: {error}") from error
+
+
+def attn_res_tensors(checkpoint: Checkpoint, config: "AttnResConfig", architecture: str) -> dict[str, "torch.Tensor"]:
+    """
+    The tensors that a model of that class has beside its base's, with their first values, in float32.
+
+    Raises:
+        `ValueError`: there is no such class, or the checkpoint's tensors do not fit the configuration.
+    """
     import torch
 
     import modeling_attnres
+    from modeling_attnres.configuration_attnres import AUTO_MAP
 
-    with torch.device("meta"):
-        model = getattr(modeling_attnres, architecture)(config)
+    path = checkpoint.folder / CONFIG
+    if architecture not in {name.split(".")[1] for auto_class, name in AUTO_MAP.items() if auto_class != "AutoConfig"}:
+        raise ValueError(f"`architectures` of {path} names {architecture!r}, which is no AttnRes model.")
+    try:
+        with torch.device("meta"):
+            model = getattr(modeling_attnres, architecture)(config)
+    except Exception as error:  # noqa: BLE001  as for the configuration
+        raise ValueError(f"No model can be built from {path}: {error}") from error
+    # Quantised weights have shapes of their own
+    if "quantization_config" not in checkpoint.config:
+        for name, tensor in model.state_dict().items():
+            if name in checkpoint.tensors and list(tensor.shape) != list(checkpoint.tensors[name].shape):
+                raise ValueError(
+                    f"The tensor {name!r} of {checkpoint.folder} has the shape {list(checkpoint.tensors[name].shape)}, "
+                    f"but {CONFIG} makes it {list(tensor.shape)}."
+                )
     first_values = modeling_attnres.DepthAttention(config).state_dict()
     return {
         f"{module_name}.{name}": value
@@ -126,18 +168,12 @@ def _plan(base: Checkpoint, attn_res: dict[str, Any]) -> tuple["AttnResConfig", 
     """Configuration, config.json and new tensors of the retrofit; all that can be wrong with the base shows here."""
     import torch
 
-    from modeling_attnres import AttnResConfig
     from modeling_attnres.configuration_attnres import ATTN_RES_FIELDS, AUTO_MAP
 
     if base.config["model_type"] == "attnres":
         raise ValueError(f"{base.folder} is an AttnRes checkpoint already: its `model_type` is 'attnres'.")
-    if (base.folder / "adapter_config.json").exists():
-        raise ValueError(
-            f"{base.folder} holds a PEFT adapter (adapter_config.json) beside its weights, which transformers would "
-            "load with them: merge it (`merge_and_unload`), or take the base without it."
-        )
     given = {name: value for name, value in attn_res.items() if value is not None}
-    config = AttnResConfig.from_dict({**base.config, **given})
+    config = read_config(base, **given)
     if "attn_res_temperature" not in given:
         config.attn_res_temperature = config.hidden_size / WIDTH_AT_TEMPERATURE_1
     base_auto_map = base.config.get("auto_map") or {}
@@ -174,7 +210,7 @@ def _plan(base: Checkpoint, attn_res: dict[str, Any]) -> tuple["AttnResConfig", 
         "auto_map": {**base_auto_map, **AUTO_MAP},
     }
     # Cloned, since a file must not share memory between tensors
-    tensors = attn_res_tensors(config, architecture)
+    tensors = attn_res_tensors(base, config, architecture)
     return config, config_json, {name: tensor.to(dtype, copy=True) for name, tensor in tensors.items()}
 
 
@@ -186,6 +222,12 @@ def _tokenizer_class(base: Checkpoint) -> str | None:
     from transformers import AutoTokenizer
 
     content = _tokenizer_config(base)
+    if "auto_map" in content or "AutoTokenizer" in (base.config.get("auto_map") or {}):
+        warnings.warn(
+            f"The tokenizer of {base.folder} brings code of its own. It is not run here, but whoever loads it with "
+            "`trust_remote_code=True` runs it.",
+            stacklevel=3,
+        )
     if not any(base.folder.glob("token*")) or "auto_map" in content:
         return None
     try:
@@ -201,6 +243,21 @@ def _tokenizer_class(base: Checkpoint) -> str | None:
 
 def _tokenizer_config(base: Checkpoint) -> dict[str, Any]:
     return read_json(base.folder / TOKENIZER_CONFIG) if (base.folder / TOKENIZER_CONFIG).is_file() else {}
+
+
+def _licence(base: Checkpoint) -> dict[str, Any]:
+    """What the base's model card says of its licence."""
+    from huggingface_hub import ModelCard
+
+    path = base.folder / "README.md"
+    if not path.is_file():
+        return {}
+    try:
+        data = ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=True).data.to_dict()
+    except Exception as error:  # noqa: BLE001  the card is written anew; the old one stays in `attnres_base`
+        warnings.warn(f"{path} cannot be read and its licence was not taken over: {error}", stacklevel=3)
+        return {}
+    return {key: data[key] for key in ("license", "license_name", "license_link") if key in data}
 
 
 def _save_tensors(tensors: dict[str, "torch.Tensor"], path: Path) -> None:
@@ -219,15 +276,10 @@ def code_files() -> list[Path]:
     return [Path(modeling_attnres.__file__), *map(Path, get_relative_import_files(modeling_attnres.__file__))]
 
 
-def _write_model_card(path: Path, base: Checkpoint, source: str, config: "AttnResConfig") -> None:
-    from huggingface_hub import ModelCard, ModelCardData
+def _write_model_card(path: Path, licence: dict[str, Any], source: str, config: "AttnResConfig") -> None:
+    from huggingface_hub import ModelCardData
 
     base_name = Path(source).name if Path(source).is_dir() else source
-    base_card = base.folder / "README.md"
-    licence = {}
-    if base_card.is_file():
-        data = ModelCard(base_card.read_text(encoding="utf-8"), ignore_metadata_errors=True).data.to_dict()
-        licence = {key: data[key] for key in ("license", "license_name", "license_link") if key in data}
     card = ModelCardData(
         base_model=base_name, library_name="transformers", pipeline_tag="text-generation", tags=["attnres"], **licence
     )

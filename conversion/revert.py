@@ -16,12 +16,12 @@ from .checkpoint import (
     new_folder,
     place_files,
     read_checkpoint,
-    read_json,
+    read_weight_map,
     shard_name,
     write_index,
     write_json,
 )
-from .retrofit import attn_res_tensors, code_files
+from .retrofit import attn_res_tensors, code_files, read_config
 
 
 def revert(source: str | Path, output: str | Path, force: bool = False, revision: str | None = None) -> Path:
@@ -43,32 +43,30 @@ def revert(source: str | Path, output: str | Path, force: bool = False, revision
         `FileNotFoundError`, `FileExistsError`: as for [`retrofit`].
         `ValueError`: the source is not AttnRes, or it computes what its base cannot and `force` is not given.
     """
-    from modeling_attnres import AttnResConfig
-
     checkpoint = read_checkpoint(download(str(source), revision))
     model_type = checkpoint.config["model_type"]
     if model_type != "attnres":
         raise ValueError(f"{checkpoint.folder} is not an AttnRes checkpoint: its `model_type` is {model_type!r}.")
-    config = AttnResConfig.from_dict(dict(checkpoint.config))
+    config = read_config(checkpoint)
     architecture = (checkpoint.config.get("architectures") or ["AttnResForCausalLM"])[0]
-    attn_res = attn_res_tensors(config, architecture).keys() & checkpoint.tensors.keys()
+    attn_res = attn_res_tensors(checkpoint, config, architecture).keys() & checkpoint.tensors.keys()
     if not force:
         _refuse_trained_queries(checkpoint, attn_res)
 
     base_shards = _base_shards(checkpoint, attn_res)
+    # Listed before anything is written: a file that vanishes meanwhile is missed
+    replaced = sorted((checkpoint.folder / REPLACED).iterdir()) if base_shards else []
+    ours = {"README.md", REPLACED, *(file.name for file in (*code_files(), *replaced))}
+    others = [file for file in checkpoint.other_files() if file.parts[0] not in ours]
     with new_folder(Path(output), checkpoint.folder) as folder:
         _write_base_weights(checkpoint, attn_res, folder, base_shards)
-        ours = {"README.md", REPLACED, *(file.name for file in code_files())}
         if base_shards:
-            replaced = sorted((checkpoint.folder / REPLACED).iterdir())
             place_files([(file, folder / file.name) for file in replaced])
-            ours |= {file.name for file in replaced}
         else:
             # Saved anew by transformers since the retrofit: the base's index would name other shards
-            write_json(folder / CONFIG, _base_config_json(checkpoint.config, architecture))
+            write_json(folder / CONFIG, _base_config_json(checkpoint.config, config.base_model_type, architecture))
             if len(list(folder.glob("*.safetensors"))) > 1:
                 write_index(folder)
-        others = [file for file in checkpoint.other_files() if file.parts[0] not in ours]
         place_files([(checkpoint.folder / file, folder / file) for file in others])
     return Path(output)
 
@@ -82,7 +80,7 @@ def _base_shards(checkpoint: Checkpoint, attn_res: set[str]) -> dict[str, str]:
     base_weight_maps = [dict.fromkeys(weight_map, SINGLE_SHARD)]
     if (replaced / INDEX).is_file():
         # Of no meaning where it was left beside a single file
-        base_weight_maps.insert(0, read_json(replaced / INDEX)["weight_map"])
+        base_weight_maps.insert(0, read_weight_map(replaced / INDEX))
     for base_weight_map in base_weight_maps:
         names = sorted(set(base_weight_map.values()))
         renamed = {name: shard_name(i, len(names) + 1) for i, name in enumerate(names, 1)}
@@ -123,13 +121,12 @@ def _write_base_weights(checkpoint: Checkpoint, attn_res: set[str], folder: Path
     place_files(copied)
 
 
-def _base_config_json(config_json: dict[str, Any], architecture: str) -> dict[str, Any]:
+def _base_config_json(config_json: dict[str, Any], base_model_type: str, architecture: str) -> dict[str, Any]:
     """config.json of the base of a checkpoint that was saved by transformers."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     from modeling_attnres.configuration_attnres import ATTN_RES_FIELDS
 
-    base_model_type = config_json["base_model_type"]
     family = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[base_model_type].removesuffix("ForCausalLM")
     kept = {name: value for name, value in config_json.items() if name not in ATTN_RES_FIELDS and name != "auto_map"}
     return {**kept, "model_type": base_model_type, "architectures": [architecture.replace("AttnRes", family)]}

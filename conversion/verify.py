@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .checkpoint import TOKENIZER_CONFIG, Checkpoint, download, read_checkpoint
-from .retrofit import attn_res_tensors
+from .retrofit import attn_res_tensors, read_config
 
 
 if TYPE_CHECKING:
@@ -78,17 +78,16 @@ def verify(base: str | Path, attnres: str | Path, revision: str | None = None) -
 
 
 def _compare_structure(base: Checkpoint, attnres: Checkpoint) -> None:
-    from modeling_attnres import AttnResConfig
-
     if attnres.config["model_type"] != "attnres":
         raise ValueError(f"{attnres.folder} is not AttnRes: its `model_type` is {attnres.config['model_type']!r}.")
-    if attnres.config["base_model_type"] != base.config["model_type"]:
+    config = read_config(attnres)
+    if config.base_model_type != base.config["model_type"]:
         raise ValueError(
-            f"{attnres.folder} has a base of type {attnres.config['base_model_type']!r}, but {base.folder} is of type "
+            f"{attnres.folder} has a base of type {config.base_model_type!r}, but {base.folder} is of type "
             f"{base.config['model_type']!r}."
         )
     architecture = (attnres.config.get("architectures") or ["AttnResForCausalLM"])[0]
-    added = attn_res_tensors(AttnResConfig.from_dict(dict(attnres.config)), architecture)
+    added = attn_res_tensors(attnres, config, architecture)
 
     def described(tensors):
         return {name: (info.dtype, list(info.shape)) for name, info in tensors.items()}
@@ -136,7 +135,9 @@ def _logits(checkpoint: Checkpoint) -> list["torch.Tensor"]:
     auto_class = AutoModelForCausalLM if architecture.endswith("ForCausalLM") else AutoModel
     # Quantised weights come in a dtype of their own
     quantised = "quantization_config" in checkpoint.config
-    model = auto_class.from_pretrained(checkpoint.folder, dtype="auto" if quantised else torch.float32).float().eval()
+    dtype = "auto" if quantised else torch.float32
+    # Never a pickle, whatever else lies in the folder
+    model = auto_class.from_pretrained(checkpoint.folder, dtype=dtype, use_safetensors=True).float().eval()
     generator = torch.Generator().manual_seed(0)
     longest = min(max(LENGTHS), model.config.max_position_embeddings)
     tokens = torch.randint(model.config.vocab_size, (len(LENGTHS), longest), generator=generator)

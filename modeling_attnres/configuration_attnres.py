@@ -146,7 +146,8 @@ class AttnResConfig(PreTrainedConfig):
         self.attn_res_temperature = attn_res_temperature
         self.attn_res_implementation = attn_res_implementation
         if attn_res_block_size is None:
-            sizes = range(1, max(self.num_hidden_layers, 1) + 1)
+            at_most_8 = max(ceil(self.num_hidden_layers / 8), 1)
+            sizes = (max(at_most_8 - 1, 1), at_most_8)
             attn_res_block_size = min(sizes, key=lambda size: abs(ceil(self.num_hidden_layers / size) - 8))
         self.attn_res_block_size = attn_res_block_size
 

@@ -114,8 +114,11 @@ class AttnResDecoderLayer(GradientCheckpointingLayer):
 
 def add_source(sources: tuple[torch.Tensor, ...], output: torch.Tensor, opens: bool) -> tuple[torch.Tensor, ...]:
     """A sublayer's output opens a source of its own or is added to the running one, the last."""
-    # Under autocast the sublayers put out bfloat16, and the embedding, as in the base's residual stream, is float32
-    output = output.to(sources[0].dtype)
+    if output.dtype != sources[0].dtype:
+        # As in the base's sum, the wider wins: under autocast that is the embedding, with embeddings that a caller gave
+        # in half precision it is what the sublayers put out
+        dtype = torch.promote_types(output.dtype, sources[0].dtype)
+        sources, output = [source.to(dtype) for source in sources], output.to(dtype)
     return (*sources, output) if opens else (*sources[:-1], sources[-1] + output)
 
 

@@ -1,10 +1,12 @@
 """A saved model in a process that cannot import the package: only the code that travels with the checkpoint."""
 
 import ast
+import contextlib
 import json
 import os
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -142,3 +144,70 @@ def test_the_code_that_travels_imports_torch_and_transformers_alone(tmp_path):
     # fla is optional: what transformers asks for before it runs the code leaves it out
     assert not any("fla" in get_imports(path) for path in output.glob("*.py"))
     assert standard == {"collections.abc", "functools", "math", "typing"}
+
+
+# What could read the environment or a file, reach the network, run other code, or reach any of these by a detour
+FORBIDDEN = {
+    *("open", "exec", "eval", "compile", "__import__", "__builtins__", "__loader__", "globals", "breakpoint", "input"),
+    *("environ", "getenv", "load", "loads", "import_module", "hub", "system", "popen", "__subclasses__", "__globals__"),
+}
+
+
+def test_the_code_that_travels_is_minimal_and_names_nothing_dangerous(tmp_path):
+    output = retrofit(save_base(tmp_path / "base"), tmp_path / "attnres")
+    files = list(output.glob("*.py"))
+    for path in files:
+        names = {getattr(node, "id", getattr(node, "attr", None)) for node in ast.walk(ast.parse(path.read_text()))}
+        assert not names & FORBIDDEN, path.name
+    assert sum(len(path.read_text().splitlines()) for path in files) < 1200, "to be read before it is trusted"
+
+
+AUDITED = """
+import sys
+seen = []
+def audit(event, arguments):
+    if event.split(".")[0] in ("open", "socket", "subprocess", "os", "shutil", "ctypes", "pickle"):
+        # Who asked: an import, which Python does by itself, or a line of that code
+        frame = sys._getframe(1)
+        while frame and not any(part in frame.f_code.co_filename for part in ("importlib", "transformers_modules")):
+            frame = frame.f_back
+        if event.startswith("socket") or frame and "transformers_modules" in frame.f_code.co_filename:
+            seen.append((event, str(arguments)[:200], frame and frame.f_code.co_name))
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+ids = data["input_ids"]
+model(ids, labels=ids).loss.backward()
+model.generate(ids, max_new_tokens=4, do_sample=False)
+sys.addaudithook(audit)
+for name in [name for name in sys.modules if name.startswith("transformers_modules")]:
+    del sys.modules[name]
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+model(ids, labels=ids).loss.backward()
+model.generate(ids, max_new_tokens=4, do_sample=False)
+assert len([name for name in sys.modules if name.startswith("transformers_modules")]) >= 5
+print("seen:", seen)
+"""
+
+
+def test_the_code_that_travels_opens_nothing_and_sends_nothing(tmp_path):
+    """While it is imported, makes a model, trains and generates."""
+    output = retrofit(save_base(tmp_path / "base", dtype=torch.float32), tmp_path / "attnres")
+    assert run_isolated(AUDITED, output, tmp_path).splitlines()[-1] == "seen: []"
+    # The hook sees what it should
+    with (output / "depth_attention.py").open("a") as file:
+        file.write("\n\ndef peep():\n    open('/etc/hostname').close()\n\n\npeep()\n")
+    assert "/etc/hostname" in run_isolated(AUDITED, output, tmp_path).splitlines()[-1]
+
+
+def test_the_base_s_code_is_not_run_even_where_it_is_all_there_is(tmp_path):
+    """`retrofit` has no flag that would make it: what it computes is the model of transformers."""
+    base, ran = save_base(tmp_path / "base"), tmp_path / "ran"
+    (base / "own.py").write_text(f"open({str(ran)!r}, 'w')\nclass Own: ...\n")
+    config = json.loads((base / "config.json").read_text())
+    auto_map = dict.fromkeys(("AutoConfig", "AutoModel", "AutoModelForCausalLM"), "own.Own")
+    for model_type in ("llama", "own"):
+        (base / "config.json").write_text(json.dumps({**config, "model_type": model_type, "auto_map": auto_map}))
+        with contextlib.suppress(ValueError), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            retrofit(base, tmp_path / model_type)
+        assert not ran.exists()
+    assert (tmp_path / "llama").exists() and not (tmp_path / "own").exists()

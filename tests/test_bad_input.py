@@ -1,0 +1,202 @@
+"""Bad input to the model: at zero queries what the base does, be it numbers or an error; with trained ones no worse."""
+
+import pytest
+import torch
+from conftest import FAMILIES, TINY, attnres_of, randomise_depth_attention, tiny_base
+
+from modeling_attnres.depth_attention import depth_attention
+from modeling_attnres.streaming_depth_attention import streaming_depth_attention
+
+
+TYPES = {"block": {"attn_res_block_size": 2}, "full": {"attn_res_type": "full"}}
+both_types = pytest.mark.parametrize("attn_res", TYPES.values(), ids=TYPES)
+both_operators = pytest.mark.parametrize("operator", [depth_attention, streaming_depth_attention])
+
+
+def ids(*shape):
+    return torch.randint(1, TINY["vocab_size"], shape, generator=torch.Generator().manual_seed(3))
+
+
+def mask_without(*rows):
+    mask = torch.ones(3, 9, dtype=torch.long)
+    mask[list(rows)] = 0
+    return mask
+
+
+def embeddings(*shape, dtype=torch.float32, **values):
+    tensor = torch.randn(*shape, TINY["hidden_size"], generator=torch.Generator().manual_seed(4)).to(dtype)
+    for value in values.values():
+        tensor[1, 4, 5] = value
+    return tensor
+
+
+INPUTS = {
+    "one token": {"input_ids": ids(1, 1)},
+    "no sample": {"input_ids": ids(0, 9)},
+    "no token": {"input_ids": ids(2, 0)},
+    "nothing at all": {"input_ids": ids(0, 0)},
+    "no sample, with labels": {"input_ids": ids(0, 9), "labels": ids(0, 9)},
+    "one token, with labels": {"input_ids": ids(1, 1), "labels": ids(1, 1)},
+    "only ignored labels": {"input_ids": ids(2, 9), "labels": torch.full((2, 9), -100)},
+    "a token beyond the vocabulary": {"input_ids": torch.tensor([[1, TINY["vocab_size"]]])},
+    "a negative token": {"input_ids": torch.tensor([[1, -1]])},
+    "a label beyond the vocabulary": {"input_ids": ids(2, 9), "labels": torch.full((2, 9), TINY["vocab_size"])},
+    "labels of another length": {"input_ids": ids(2, 9), "labels": ids(2, 8)},
+    "tokens as floats": {"input_ids": ids(2, 9).float()},
+    "tokens as booleans": {"input_ids": ids(2, 9).bool()},
+    "tokens as int32": {"input_ids": ids(2, 9).int()},
+    "tokens without a batch": {"input_ids": ids(9)},
+    "tokens with a dimension too many": {"input_ids": ids(2, 9, 1)},
+    # No second device is here; to a CPU this one is another
+    "embeddings on another device": {"inputs_embeds": embeddings(2, 9).to("meta")},
+    "a mask on another device": {"input_ids": ids(3, 9), "attention_mask": mask_without(1).to("meta")},
+    "positions on another device": {"input_ids": ids(3, 9), "position_ids": torch.arange(9)[None].to("meta")},
+    "labels on another device": {"input_ids": ids(3, 9), "labels": ids(3, 9).to("meta")},
+    "embeddings in float64": {"inputs_embeds": embeddings(2, 9, dtype=torch.float64)},
+    "embeddings in bfloat16": {"inputs_embeds": embeddings(2, 9, dtype=torch.bfloat16)},
+    "embeddings as integers": {"inputs_embeds": embeddings(2, 9, dtype=torch.long)},
+    "embeddings of another width": {"inputs_embeds": embeddings(2, 9)[..., :-1]},
+    "no embeddings": {"inputs_embeds": embeddings(0, 9)},
+    "a NaN": {"inputs_embeds": embeddings(3, 9, value=float("nan"))},
+    "infinity": {"inputs_embeds": embeddings(3, 9, value=float("inf"))},
+    "a number whose square overflows": {"inputs_embeds": embeddings(3, 9, value=1e30)},
+    "numbers whose squares vanish": {"inputs_embeds": embeddings(3, 9) * 1e-30},
+    "zeros": {"inputs_embeds": torch.zeros(3, 9, TINY["hidden_size"])},
+    "a masked row": {"input_ids": ids(3, 9), "attention_mask": mask_without(1)},
+    "masked rows alone": {"input_ids": ids(3, 9), "attention_mask": mask_without(0, 1, 2)},
+    "a mask of another length": {"input_ids": ids(3, 9), "attention_mask": mask_without()[:, :5]},
+    "a mask as booleans": {"input_ids": ids(3, 9), "attention_mask": mask_without(1).bool()},
+    "a mask as floats": {"input_ids": ids(3, 9), "attention_mask": mask_without(1).float()},
+    "a mask of another batch": {"input_ids": ids(3, 9), "attention_mask": mask_without(1)[:2]},
+    "positions of another length": {"input_ids": ids(3, 9), "position_ids": torch.arange(5)[None]},
+    "positions beyond the longest": {"input_ids": ids(3, 9), "position_ids": torch.arange(9)[None] + 10**6},
+    "neither tokens nor embeddings": {},
+}
+
+
+@torch.no_grad()
+def outcome(model, inputs):
+    try:
+        output = model(**inputs)
+    except Exception as error:  # noqa: BLE001  which one it is, is what is compared
+        return type(error)
+    return {name: output[name] for name in ("logits", "loss") if output.get(name) is not None}
+
+
+@pytest.fixture(scope="module")
+def models():
+    """A base and its retrofits, of each family, made when first asked for."""
+    made = {}
+
+    def of(family):
+        if family not in made:
+            base = tiny_base(family)
+            made[family] = base, [attnres_of(base, **attn_res) for attn_res in TYPES.values()]
+        return made[family]
+
+    return of
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_the_base_does_with_bad_input(models, family):
+    base, retrofits = models(family)
+    for case, inputs in INPUTS.items():
+        expected = outcome(base, inputs)
+        for model in retrofits:
+            actual = outcome(model, inputs)
+            if isinstance(expected, type):
+                assert actual is expected, f"{case}: {actual} in place of {expected}"
+            elif case == "embeddings on another device" and actual is RuntimeError:
+                # olmo's norm has no weight that would stand in the way
+                assert family == "olmo"
+            else:
+                assert not isinstance(actual, type), f"{case}: {actual}"
+                close = {"rtol": 1e-4, "atol": 1e-4, "equal_nan": True}
+                torch.testing.assert_close(actual, expected, **close, msg=lambda text, case=case: f"{case}: {text}")
+
+
+@both_types
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("family", ["llama", "mixtral", "qwen3_next"])
+@pytest.mark.parametrize("streaming", [False, True], ids=["stacked", "streaming"])
+@torch.no_grad()
+def test_a_bad_sample_does_not_reach_the_others(family, value, attn_res, streaming, monkeypatch):
+    """Trained queries, logits and gradients; bit by bit."""
+    if streaming:
+        monkeypatch.setattr("modeling_attnres.depth_attention.STREAMING_SIZE", 0)
+    model = randomise_depth_attention(attnres_of(tiny_base(family), **attn_res))
+    good, bad = embeddings(3, 9), embeddings(3, 9, value=value)
+    expected, actual = model(inputs_embeds=good).logits, model(inputs_embeds=bad).logits
+    assert torch.equal(actual[[0, 2]], expected[[0, 2]])
+    assert not actual[1, 4:].isfinite().all(), "where it is, it shows"
+
+
+@both_operators
+def test_a_bad_token_does_not_reach_the_others_gradients(operator):
+    sources = [torch.randn(5, 8, requires_grad=True) for _ in range(4)]
+    query, key_norm = torch.randn(8), torch.ones(8)
+    output_grad = torch.randn(5, 8)
+    expected = torch.autograd.grad(operator(query, key_norm, sources, "sum", 1e-6), sources, output_grad)
+    spoilt = [source.detach().clone() for source in sources]
+    spoilt[2][3, 1] = float("nan")
+    spoilt = [source.requires_grad_() for source in spoilt]
+    actual = torch.autograd.grad(operator(query, key_norm, spoilt, "sum", 1e-6), spoilt, output_grad)
+    others = [0, 1, 2, 4]
+    assert all(torch.equal(a[others], e[others]) for a, e in zip(actual, expected))
+    assert actual[2][3].isnan().any()
+
+
+@both_operators
+@pytest.mark.parametrize("sources", [1, 2, 17, 193])
+@pytest.mark.parametrize("scale", ["sum", "mean"])
+def test_half_precision_overflows_only_where_its_result_does(operator, sources, scale):
+    """Full AttnRes at depth 96 has 193 sources. Values near float16's largest, logits beyond it, sums that cancel."""
+    generator = torch.Generator().manual_seed(5)
+    values = [torch.randn(6, 64, generator=generator).half() * 12000 for _ in range(sources)]
+    values += [-value for value in values[1:]]
+    query = torch.randn(64, generator=generator) * 1e5
+    for q in (torch.zeros(64), query):
+        actual = operator(q, torch.ones(64), values, scale, 1e-6)
+        # The definition in float64
+        stacked = torch.stack(values).double()
+        keys = stacked / (stacked.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+        expected = torch.einsum("mt,mth->th", (keys @ q.double()).softmax(0), stacked)
+        expected = expected * (len(values) if scale == "sum" else 1)
+        overflows = expected.abs() > torch.finfo(torch.float16).max
+        assert torch.equal(actual.isinf(), overflows) and not actual.isnan().any()
+        # Rounded once; the sum itself in float32 loses up to its own epsilon of what cancels
+        lost = 2e-3 * expected.abs() + 2e-7 * len(values) * stacked.abs().max()
+        assert ((actual.double() - expected).abs() <= lost)[~overflows].all()
+    # One source stands out there, times the number of sources
+    assert overflows.any() == (scale == "sum") or sources < 17
+
+
+@both_types
+@pytest.mark.parametrize("peak", [4e4, 6e4, 1e5], ids=["near", "at the edge", "beyond"])
+@torch.no_grad()
+def test_a_residual_stream_near_float16_s_largest_at_depth_96(attn_res, peak):
+    """Some activations of a pretrained model are that large. Where the base's stream is finite, so is ours."""
+    base = tiny_base("llama", num_hidden_layers=96, tie_word_embeddings=False).half()
+    base.model.embed_tokens.weight[:, 7] = peak / 2
+    # One channel grows from layer to layer, to `peak`
+    for layer in base.model.layers:
+        layer.mlp.down_proj.bias = torch.nn.Parameter(torch.zeros(TINY["hidden_size"], dtype=torch.float16))
+        layer.mlp.down_proj.bias[7] = peak / 2 / 96
+    model = attnres_of(base, **attn_res)
+    for layer, base_layer in zip(model.model.layers, base.model.layers):
+        layer.mlp.down_proj.bias = base_layer.mlp.down_proj.bias
+    inputs = {"input_ids": ids(2, 9)}
+    expected, actual = outcome(base, inputs)["logits"], outcome(model, inputs)["logits"]
+    assert torch.equal(actual.isfinite(), expected.isfinite())
+    assert expected.isfinite().all() == (peak < 6.5e4)
+
+
+@both_types
+@torch.no_grad()
+def test_a_masked_row_does_not_reach_the_others(attn_res):
+    model = randomise_depth_attention(attnres_of(tiny_base("llama"), **attn_res))
+    tokens = ids(3, 9)
+    logits = model(tokens, attention_mask=mask_without(1)).logits
+    alone = model(tokens, attention_mask=mask_without()).logits
+    torch.testing.assert_close(logits[[0, 2]], alone[[0, 2]], rtol=0, atol=1e-5)
+    assert logits[1].isfinite().all()

@@ -1,0 +1,507 @@
+"""Files from strangers: what lies in them is refused, nothing outside of source and target is touched, nothing runs."""
+
+import json
+import os
+import pickle
+import shutil
+import struct
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_conversion import file_bytes, save_base, spoil_config
+from test_crash_safety import in_child
+
+from attnres_conversion import retrofit, revert, verify
+
+
+INDEX = "model.safetensors.index.json"
+
+
+@pytest.fixture
+def base(tmp_path):
+    folder = save_base(tmp_path / "base", num_hidden_layers=2)
+    (folder / "pytorch_model.bin").unlink()
+    return folder
+
+
+@pytest.fixture
+def sharded(tmp_path):
+    return save_base(tmp_path / "sharded", sharded=True, num_hidden_layers=2)
+
+
+@pytest.fixture
+def secret(tmp_path):
+    """A file that nobody may open. `was_read(secret)` says whether somebody did, by whatever means."""
+    (tmp_path / "elsewhere").mkdir()
+    file = tmp_path / "elsewhere" / "secret"
+    file.write_text('{"a": "secret"}')
+    # A read sets the time of access anew where it is older than the last change (Linux's relatime)
+    os.utime(file, (0, time.time()))
+    file.read_text()
+    if file.stat().st_atime == 0:
+        pytest.skip("this file system keeps no times of access")
+    os.utime(file, (0, time.time()))
+    return file
+
+
+def was_read(secret):
+    return secret.stat().st_atime != 0
+
+
+def write_shard(path, header, body=b""):
+    header = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(header)) + header + body)
+
+
+def header_and_body(path):
+    content = path.read_bytes()
+    (length,) = struct.unpack("<Q", content[:8])
+    return json.loads(content[8 : 8 + length]), content[8 + length :]
+
+
+NORM = "model.norm.weight"
+
+
+def info(**changes):
+    """The header with one tensor's entry changed."""
+
+    def spoil(folder):
+        header, body = header_and_body(folder / "model.safetensors")
+        header[NORM].update(changes)
+        write_shard(folder / "model.safetensors", header, body)
+
+    return spoil
+
+
+def raw_header(change):
+    """The header's text changed, for what a `dict` cannot hold."""
+
+    def spoil(folder):
+        header, body = header_and_body(folder / "model.safetensors")
+        write_shard(folder / "model.safetensors", change(json.dumps(header), header).encode(), body)
+
+    return spoil
+
+
+def overlap(text, header):
+    other = next(name for name in header if name not in (NORM, "__metadata__"))
+    header[NORM]["data_offsets"] = header[other]["data_offsets"]
+    return json.dumps(header)
+
+
+def twice(text, header):
+    """One name, the same bytes, another dtype: a reader takes the first or the last."""
+    other = {**header[NORM], "dtype": "F16"}
+    return f"{text[:-1]}, {json.dumps(NORM)}: {json.dumps(other)}}}"
+
+
+def length(number):
+    def spoil(folder):
+        with (folder / "model.safetensors").open("r+b") as file:
+            file.write(struct.pack("<Q", number))
+
+    return spoil
+
+
+def text(name, change):
+    def spoil(folder):
+        (folder / name).write_text(change((folder / name).read_text()))
+
+    return spoil
+
+
+def config(**fields):
+    return lambda folder: spoil_config(folder, **fields)
+
+
+def nested(depth):
+    return lambda content: f'{content.rstrip()[:-1]}, "deep": {"[" * depth}{"]" * depth}}}'
+
+
+NOT_WHOLE = "truncated or not a safetensors file"
+INVALID = "No valid configuration from .*config.json"
+HOSTILE = {
+    "header: negative offset": (info(data_offsets=[-64, 0]), NOT_WHOLE),
+    "header: offset beyond the file": (info(data_offsets=[0, 2**62]), NOT_WHOLE),
+    "header: offset beyond 64 bits": (info(data_offsets=[0, 2**70]), NOT_WHOLE),
+    "header: offsets the wrong way round": (info(data_offsets=[64, 0]), NOT_WHOLE),
+    "header: overlapping tensors": (raw_header(overlap), NOT_WHOLE),
+    "header: shape and offsets differ": (info(shape=[2**20]), NOT_WHOLE),
+    "header: a shape that overflows": (info(shape=[2**40, 2**40]), NOT_WHOLE),
+    "header: negative shape": (info(shape=[-32]), NOT_WHOLE),
+    "header: unknown dtype": (info(dtype="BF17"), NOT_WHOLE),
+    "header: dtype of a wrong type": (info(dtype=5), NOT_WHOLE),
+    "header: one name twice": (raw_header(twice), f"{NORM}' stands there twice"),
+    "header: no object": (raw_header(lambda text, header: "[]"), NOT_WHOLE),
+    "header: deep": (raw_header(lambda text, header: "[" * 10**5), NOT_WHOLE),
+    "header: longer than the file": (length(2**40), NOT_WHOLE),
+    "header: of 2^64 - 1 bytes": (length(2**64 - 1), NOT_WHOLE),
+    "header: of no bytes": (length(0), NOT_WHOLE),
+    "weights: a pickle by that name": (
+        lambda folder: (folder / "model.safetensors").write_bytes(pickle.dumps({"a": 1})),
+        NOT_WHOLE,
+    ),
+    "weights: a folder by that name": (
+        lambda folder: [(folder / "model.safetensors").unlink(), (folder / "model.safetensors").mkdir()],
+        "model.safetensors",
+    ),
+    "config: one key twice": (
+        text("config.json", lambda content: content.replace("{", '{"model_type": "mistral",', 1)),
+        "config.json is not valid JSON: 'model_type' stands there twice",
+    ),
+    "config: nested deep": (text("config.json", nested(150)), "config.json is nested more than 100 levels"),
+    "config: nested deeper": (text("config.json", nested(10**6)), "config.json is not valid JSON"),
+    "config: a list": (text("config.json", lambda content: f"[{content}]"), "has no `model_type`"),
+    "config: no text": (lambda folder: (folder / "config.json").write_bytes(b"\xff\xfe{}"), "is not valid JSON"),
+    "config: a number too long": (config(vocab_size="#"), INVALID),
+    "config: endless layers": (config(num_hidden_layers=10**18), "`num_hidden_layers` .* is 10{18}, but there are"),
+    "config: no layers": (config(num_hidden_layers=-1), "num_hidden_layers"),
+    "config: endless width": (config(hidden_size=2**40), "shape|No model can be built"),
+    "config: endless vocabulary": (config(vocab_size=10**15), "shape|No model can be built"),
+    "config: endless heads": (config(num_attention_heads=2**62), "shape|No model can be built|No valid"),
+    "config: no heads": (config(num_attention_heads=0), "No model can be built|No valid"),
+    "config: another width": (config(intermediate_size=99), r"has the shape \[48, 32\], but config.json makes it"),
+    "config: width of a wrong type": (config(hidden_size="32"), INVALID),
+    "config: width null": (config(hidden_size=None), INVALID),
+    "config: rope of a wrong type": (config(rope_parameters=[1]), f"{INVALID}|No model can be built"),
+    "config: an unknown activation": (config(hidden_act="__import__('os')"), "No model can be built"),
+    "config: an unknown dtype": (config(dtype="float31"), f"{INVALID}|No model can be built"),
+    "config: model_type of a wrong type": (config(model_type=["llama"]), "has no `model_type`"),
+    "config: model_type with a path": (config(model_type="../llama"), "no such model"),
+    "config: architectures no list": (config(architectures="LlamaForCausalLM"), "`architectures` of"),
+    "config: architectures of a wrong type": (config(architectures=[5]), "`architectures` of"),
+    "config: auto_map no object": (config(auto_map=["AutoModel"]), "`auto_map` of"),
+    "config: a kernel from the Hub": (config(attn_implementation="someone/kernel"), "code from the Hub"),
+    "config: a kernel, privately": (config(_attn_implementation="someone/kernel"), "code from the Hub"),
+    "tokenizer config: a list": (
+        lambda folder: (folder / "tokenizer_config.json").write_text("[]"),
+        "is not the configuration of a tokenizer",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_what_lies_is_refused(case, base, tmp_path):
+    spoil, message = HOSTILE[case]
+    spoil(base)
+    before = file_bytes(tmp_path)
+    with pytest.raises((ValueError, OSError), match=message):
+        retrofit(base, tmp_path / "output")
+    assert file_bytes(tmp_path) == before
+
+
+def index(**weight_map):
+    def spoil(folder):
+        content = json.loads((folder / INDEX).read_text())
+        content["weight_map"].update(weight_map)
+        (folder / INDEX).write_text(json.dumps(content))
+
+    return spoil
+
+
+def second_shard_again(folder):
+    """A tensor of the first shard, with other values, in the second one too."""
+    first, second = sorted(folder.glob("model-*.safetensors"))[:2]
+    header, body = header_and_body(second)
+    tensors = header_and_body(first)[0]
+    name = next(name for name in tensors if name != "__metadata__")
+    end, size = len(body), tensors[name]["data_offsets"][1] - tensors[name]["data_offsets"][0]
+    header[name] = {**tensors[name], "data_offsets": [end, end + size]}
+    write_shard(second, header, body + bytes(size))
+
+
+HOSTILE_INDEX = {
+    "a file outside": (index(a="../elsewhere/secret"), "names the shard '../elsewhere/secret'"),
+    "an absolute path": (lambda folder: index(a=str(folder / "config.json"))(folder), "names the shard '/"),
+    "the folder": (index(a="."), "names the shard '.'"),
+    "no name": (index(a=""), "names the shard ''"),
+    "a name with a zero": (index(a="a\0b"), "names the shard"),
+    "another kind of file": (index(a="config.json"), NOT_WHOLE),
+    "a tensor that is not there": (index(**{NORM + "2": "config.json"}), NOT_WHOLE),
+    "a name of a wrong type": (index(a=5), "has no `weight_map`"),
+    "a list": (lambda folder: (folder / INDEX).write_text("[]"), "has no `weight_map`"),
+    "no weight_map": (lambda folder: (folder / INDEX).write_text("{}"), "has no `weight_map`"),
+    "one key twice": (
+        text(INDEX, lambda content: content.replace("{", '{"weight_map": {},', 1)),
+        "is not valid JSON: 'weight_map' stands there twice",
+    ),
+    "one tensor in two shards": (second_shard_again, "holds a tensor twice"),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE_INDEX)
+def test_an_index_that_lies_is_refused(case, sharded, secret, tmp_path):
+    spoil, message = HOSTILE_INDEX[case]
+    spoil(sharded)
+    before = file_bytes(tmp_path)
+    os.utime(secret, (0, time.time()))
+    with pytest.raises((ValueError, OSError), match=message):
+        retrofit(sharded, tmp_path / "output")
+    assert not was_read(secret)
+    assert file_bytes(tmp_path) == before
+
+
+def test_names_of_tensors_are_no_paths(base, tmp_path):
+    """They travel as they are, and nothing is written under them."""
+    header, body = header_and_body(base / "model.safetensors")
+    for name in ("../../outside", str(tmp_path / "outside"), "a\0b", "model.layers.99999999999.weight", "‮"):
+        header[name] = {"dtype": "U8", "shape": [0], "data_offsets": [len(body), len(body)]}
+    write_shard(base / "model.safetensors", header, body)
+    output = retrofit(base, tmp_path / "output")
+    assert load_file(output / "model-00001-of-00002.safetensors").keys() == load_file(base / "model.safetensors").keys()
+    assert verify(base, output).passed
+    revert(output, tmp_path / "reverted")
+    assert file_bytes(tmp_path / "reverted") == file_bytes(base)
+    assert {path.name for path in tmp_path.iterdir()} == {"base", "output", "reverted"}
+
+
+LINKS = {
+    "weights": "model.safetensors",
+    "config": "config.json",
+    "tokenizer": "tokenizer.json",
+    "licence": "LICENSE",
+    "another file": "notes.txt",
+    "in a folder": "additional_chat_templates/other.jinja",
+    "card": "README.md",
+}
+
+
+@pytest.mark.parametrize("absolute", [False, True], ids=["relative", "absolute"])
+@pytest.mark.parametrize("file", LINKS.values(), ids=LINKS)
+def test_a_link_out_of_the_folder_is_refused(file, absolute, base, secret, tmp_path):
+    (base / file).unlink(missing_ok=True)
+    (base / file).symlink_to(secret if absolute else os.path.relpath(secret, (base / file).parent))
+    with pytest.raises(ValueError, match=f"{file} is a link out of the folder"):
+        retrofit(base, tmp_path / "output")
+    with pytest.raises(ValueError, match=f"{file} is a link out of the folder"):
+        verify(base, base)
+    assert not was_read(secret) and not (tmp_path / "output").exists()
+
+
+def test_links_within_the_folder_and_in_the_hub_cache_are_followed(base, tmp_path):
+    expected = file_bytes(retrofit(base, tmp_path / "expected"))
+    (base / "model.safetensors").rename(base / "weights")
+    (base / "model.safetensors").symlink_to("weights")
+    (base / "loop").symlink_to("loop")
+    output = retrofit(base, tmp_path / "output")
+    assert file_bytes(output) == {**expected, "weights": (base / "weights").read_bytes()}
+
+    snapshot = tmp_path / "models--a--base" / "snapshots" / "base"
+    blobs = tmp_path / "models--a--base" / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for number, file in enumerate(base.iterdir()):
+        if file.is_file() and file.name != "weights":
+            shutil.copy(file, blobs / str(number))
+            (snapshot / file.name).symlink_to(f"../../blobs/{number}")
+    expected.pop("additional_chat_templates/tools.jinja")
+    assert file_bytes(retrofit(snapshot, tmp_path / "of_snapshot")) == expected
+    (blobs / "0").unlink()
+    (blobs / "0").symlink_to(base / "config.json")
+    with pytest.raises(ValueError, match="is a link out of the folder"):
+        retrofit(snapshot, tmp_path / "of_hostile_snapshot")
+
+
+def test_a_linked_folder_is_refused_too(base, secret, tmp_path):
+    (base / "more").symlink_to(secret.parent)
+    with pytest.raises(ValueError, match="more is a link out of the folder"):
+        retrofit(base, tmp_path / "output")
+    assert not was_read(secret)
+
+
+TOKENIZER_PATHS = ("vocab_file", "merges_file", "tokenizer_file", "added_tokens_file", "spm_file", "vocab", "merges")
+TOKENIZER_PATHS += ("chat_template_file", "gguf_file", "special_tokens_map_file", "fast_tokenizer_files")
+
+
+@pytest.mark.parametrize("tokenizer_class", ["PreTrainedTokenizerFast", "LlamaTokenizer", "GPT2Tokenizer"])
+def test_paths_in_a_tokenizer_s_configuration_are_not_followed(tokenizer_class, base, secret, tmp_path):
+    """With the tokenizer's own files there, and without."""
+    secret = secret.rename(secret.with_name("tokenizer.1.0.0.json"))
+    content = json.loads((base / "tokenizer_config.json").read_text())
+    number = 0
+    for _ in range(2):
+        for field in TOKENIZER_PATHS:
+            for path in (str(secret), f"../elsewhere/{secret.name}"):
+                value = [path] if field == "fast_tokenizer_files" else path
+                changed = {**content, field: value, "tokenizer_class": tokenizer_class}
+                (base / "tokenizer_config.json").write_text(json.dumps(changed))
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    if field == "special_tokens_map_file":
+                        number += 1
+                        retrofit(base, tmp_path / str(number))
+                    else:
+                        with pytest.raises(ValueError, match=f"`{field}` of .* a file outside of the folder"):
+                            retrofit(base, tmp_path / "output")
+                assert not was_read(secret), (field, path)
+        (base / "tokenizer.json").unlink(missing_ok=True)
+
+
+class Malice:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def add_malice(folder, ran):
+    """Pickles, a tokenizer's code and a model's code, each of which leaves a file if it is run."""
+    for name in ("pytorch_model.bin", "training_args.bin", "optimizer.pt", "model.pth", "tokenizer.model", "vocab.pkl"):
+        (folder / name).write_bytes(pickle.dumps(Malice(ran)))
+    torch.save({"weight": Malice(ran)}, folder / "adapter_model.bin")
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": {NORM: "pytorch_model.bin"}}))
+    code = f"open({str(ran)!r}, 'w')\nclass Own: ...\n"
+    for name in ("modeling_own.py", "setup.py", "conftest.py", "sitecustomize.py", "torch.py", "json.py"):
+        (folder / name).write_text(code)
+    spoil_config(folder, auto_map={"AutoConfig": "modeling_own.Own", "AutoModelForCausalLM": "modeling_own.Own"})
+    tokenizer_config = json.loads((folder / "tokenizer_config.json").read_text())
+    auto_map = {"AutoTokenizer": ["modeling_own.Own", "modeling_own.Own"]}
+    (folder / "tokenizer_config.json").write_text(json.dumps({**tokenizer_config, "auto_map": auto_map}))
+
+
+def there_and_back(base, tmp_path):
+    output = retrofit(base, tmp_path / "output")
+    assert verify(base, output).passed
+    return revert(output, tmp_path / "reverted")
+
+
+def test_pickles_are_never_unpickled_and_code_is_never_run(base, tmp_path, monkeypatch):
+    ran = tmp_path / "ran"
+    add_malice(base, ran)
+    pickle.loads((base / "pytorch_model.bin").read_bytes()).close()
+    assert ran.exists(), "what is unpickled shows"
+    ran.unlink()
+    monkeypatch.chdir(base)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        there_and_back(base, tmp_path)
+    assert not ran.exists()
+    (base / "model.safetensors").unlink()
+    for function in (retrofit, revert, verify):
+        with pytest.raises((FileNotFoundError, ValueError)):
+            function(base, tmp_path / "another")
+    assert not ran.exists() and not (tmp_path / "another").exists()
+
+
+def touched(function, *arguments):
+    """Each file opened to write, renamed, linked, made or removed; each socket and each pickled name looked up."""
+    seen = []
+
+    def audit(event, arguments):
+        if event == "open" and isinstance(arguments[0], str):
+            path, mode, flags = arguments
+            if mode is not None and set(mode) & set("wax+") or flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+                seen.append((event, os.path.abspath(path)))
+        elif event in ("os.rename", "os.link", "os.symlink"):
+            seen.extend((event, os.path.abspath(path)) for path in arguments[:2] if event != "os.link")
+        elif event in ("os.mkdir", "os.remove", "os.rmdir", "os.truncate", "os.chmod"):
+            seen.append((event, os.path.abspath(arguments[0])))
+        elif event.startswith(("socket.", "subprocess.", "os.exec", "os.fork", "pickle.", "ctypes.dlopen")):
+            seen.append((event, repr(arguments)))
+
+    # It cannot be taken off again, so this runs in a child
+    sys.addaudithook(audit)
+    function(*arguments)
+    return seen
+
+
+def test_nothing_is_written_but_the_output_and_nothing_is_sent(base, tmp_path):
+    # Imports what is imported when it is first needed
+    there_and_back(base, tmp_path)
+    (tmp_path / "work").mkdir()
+
+    def outside(function, source, output):
+        seen = touched(function, source, tmp_path / "work" / output)
+        assert any("output" in path for _, path in seen), "what is written is seen"
+        return [entry for entry in seen if not Path(entry[1]).is_relative_to(tmp_path / "work")]
+
+    assert in_child(outside, retrofit, base, "output") == (0, "[]")
+    assert in_child(outside, revert, tmp_path / "work" / "output", "output_reverted") == (0, "[]")
+    assert in_child(lambda: touched(verify, base, tmp_path / "work" / "output")) == (0, "[]")
+
+
+def base_index(content):
+    def spoil(folder):
+        (folder / "attnres_base" / INDEX).write_text(content)
+
+    return spoil
+
+
+HOSTILE_ATTNRES = {
+    "architectures: another class of the package": (
+        config(architectures=["DepthAttention"]),
+        "'DepthAttention', which is no AttnRes model",
+    ),
+    "architectures: a private name": (config(architectures=["__loader__"]), "which is no AttnRes model"),
+    "an unsupported base": (config(base_model_type="gemma2"), "No valid configuration"),
+    "base_model_type of a wrong type": (config(base_model_type=["llama"]), "No valid configuration"),
+    "endless layers": (config(num_hidden_layers=10**12), "`num_hidden_layers`"),
+    "endless blocks": (config(attn_res_block_size=10**12), "`attn_res_block_size`"),
+    "the base's index: no weight_map": (base_index("{}"), "has no `weight_map`"),
+    "the base's index: not JSON": (base_index("{"), "is not valid JSON"),
+    "the base's index: names outside": (
+        base_index(json.dumps({"weight_map": {"a": "../../outside"}})),
+        None,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE_ATTNRES)
+def test_a_hostile_retrofit_is_not_reverted(case, base, tmp_path):
+    output = retrofit(base, tmp_path / "output")
+    spoil, message = HOSTILE_ATTNRES[case]
+    spoil(output)
+    if message is None:
+        revert(output, tmp_path / "reverted")
+        assert {path.name for path in (tmp_path / "reverted").iterdir()} >= {"config.json", "model.safetensors"}
+    else:
+        with pytest.raises(ValueError, match=message):
+            revert(output, tmp_path / "reverted")
+        assert not (tmp_path / "reverted").exists()
+    assert {path.name for path in tmp_path.iterdir()} <= {"base", "output", "reverted"}
+
+
+def test_a_link_out_of_a_retrofit_is_refused(base, secret, tmp_path):
+    output = retrofit(base, tmp_path / "output")
+    (output / "attnres_base" / "extra.json").symlink_to(secret)
+    with pytest.raises(ValueError, match="is a link out of the folder"):
+        revert(output, tmp_path / "reverted")
+    assert not was_read(secret)
+
+
+CARDS = {
+    "no YAML": b"---\n: : [\n---\n",
+    "no mapping": b"---\n- a\n---\n",
+    "a Python object": b"---\nlicense: !!python/object/apply:os.system ['true']\n---\n",
+    "no text": b"\xff\xfe\x00",
+    "wide": b"---\na: &a [x, x]\nb: &b [*a, *a]\nc: &c [*b, *b]\nlicense: [*c, *c]\n---\n",
+}
+
+
+@pytest.mark.parametrize("card", CARDS)
+def test_a_broken_model_card_loses_its_licence_and_nothing_else(card, base, tmp_path):
+    (base / "README.md").write_bytes(CARDS[card])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        output = retrofit(base, tmp_path / "output")
+    assert card == "wide" or any("its licence was not taken over" in str(warning.message) for warning in caught)
+    assert (output / "attnres_base" / "README.md").read_bytes() == CARDS[card]
+    assert "base_model: base" in (output / "README.md").read_text()
+
+
+def test_names_of_ours_in_the_source_do_not_take_our_place(base, tmp_path):
+    """A base that brings a file named as one that travels with the retrofit."""
+    (base / "modeling_attnres.py").write_text("raise SystemExit('was run')")
+    expected = retrofit(base, tmp_path / "output") / "modeling_attnres.py"
+    assert "was run" not in expected.read_text()
+    (base / "attnres_base").mkdir()
+    (base / "attnres_base" / "config.json").write_text("{}")
+    with pytest.raises(OSError, match="attnres_base"):
+        retrofit(base, tmp_path / "another")
+    assert not (tmp_path / "another").exists()
