@@ -81,13 +81,14 @@ def retrofit(
     config, config_json, tensors = _plan(base, attn_res)
     tokenizer_config, tokenizer_class = _tokenizer_config(base), _tokenizer_class(base)
     licence = _licence(base)
+    base_name = Path(source).name if Path(source).is_dir() else source
     ours = {CONFIG, INDEX, "README.md"}
     if tokenizer_class is not None and tokenizer_config:
         tokenizer_config["tokenizer_class"] = tokenizer_class
         ours.add(TOKENIZER_CONFIG)
     elif tokenizer_class is not None:
         config_json["tokenizer_class"] = tokenizer_class
-    # Listed before anything is written: a file that vanishes meanwhile is missed
+    # All of this before anything is written: a file that vanishes meanwhile is missed
     others = [file for file in base.other_files() if str(file) not in ours]
     replaced = [name for name in sorted(ours) if (base.folder / name).is_file()]
 
@@ -104,7 +105,7 @@ def retrofit(
         place_files([(base.folder / name, folder / REPLACED / name) for name in replaced])
         for file in code_files():
             (folder / file.name).write_bytes(file.read_bytes())
-        _write_model_card(folder / "README.md", licence, source, config)
+        _write_model_card(folder / "README.md", licence, base_name, config)
         # A source that somebody writes to meanwhile is copied half old, half new
         written = read_checkpoint(folder).tensors
         if {name: written.get(name) for name in base.tensors} != base.tensors:
@@ -276,10 +277,9 @@ def code_files() -> list[Path]:
     return [Path(modeling_attnres.__file__), *map(Path, get_relative_import_files(modeling_attnres.__file__))]
 
 
-def _write_model_card(path: Path, licence: dict[str, Any], source: str, config: "AttnResConfig") -> None:
+def _write_model_card(path: Path, licence: dict[str, Any], base_name: str, config: "AttnResConfig") -> None:
     from huggingface_hub import ModelCardData
 
-    base_name = Path(source).name if Path(source).is_dir() else source
     card = ModelCardData(
         base_model=base_name, library_name="transformers", pipeline_tag="text-generation", tags=["attnres"], **licence
     )
