@@ -143,6 +143,16 @@ def read_shard(path: Path) -> "SafetensorsFileMetadata":
     return get_local_safetensors_metadata(path).files_metadata[path.name]
 
 
+def check_copied(tensors: dict[str, Any], folder: Path, source: Path) -> None:
+    """A source that somebody writes to meanwhile is copied half old, half new."""
+    written = read_checkpoint(folder).tensors
+    if any(
+        name not in written or (written[name].dtype, written[name].shape) != (info.dtype, info.shape)
+        for name, info in tensors.items()
+    ):
+        raise ValueError(f"{source} changed while it was copied: try again when nothing writes to it.")
+
+
 def shard_name(number: int, count: int) -> str:
     """As transformers names its shards, which are also the ones that it clears away when it saves over them."""
     return f"model-{number:05}-of-{count:05}.safetensors"

@@ -234,7 +234,7 @@ def remount(disk, options):
 def test_the_disk_is_full(work, disk):
     """From no room at all to enough: an error, and the disk as empty as before."""
     errors = 0
-    for pages in range(1, 400, 4):
+    for pages in range(1, 400, 2):
         remount(disk, f"size={pages * 4}k")
         try:
             work.operation(work.source, disk / "output")
