@@ -2,6 +2,7 @@
 """Retrofit: a base checkpoint becomes an AttnRes checkpoint that computes the same."""
 
 import re
+import shlex
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -93,7 +94,7 @@ def retrofit(
         place_files([(base.folder / name, folder / REPLACED / name) for name in replaced])
         for file in code_files():
             (folder / file.name).write_bytes(file.read_bytes())
-        _write_model_card(folder / "README.md", base, source, config)
+        _write_model_card(folder / "README.md", base, source, output, config)
     return output
 
 
@@ -208,46 +209,21 @@ def code_files() -> list[Path]:
     return [Path(modeling_attnres.__file__), *map(Path, get_relative_import_files(modeling_attnres.__file__))]
 
 
-def _write_model_card(path: Path, base: Checkpoint, source: str, config: "AttnResConfig") -> None:
-    from huggingface_hub import ModelCard, ModelCardData
+def _write_model_card(path: Path, base: Checkpoint, source: str, output: Path, config: "AttnResConfig") -> None:
+    from modeling_attnres.model_card import card_metadata, model_card
 
     base_name = Path(source).name if Path(source).is_dir() else source
     base_card = base.folder / "README.md"
-    licence = {}
-    if base_card.is_file():
-        data = ModelCard(base_card.read_text(encoding="utf-8"), ignore_metadata_errors=True).data.to_dict()
-        licence = {key: data[key] for key in ("license", "license_name", "license_link") if key in data}
-    card = ModelCardData(
-        base_model=base_name, library_name="transformers", pipeline_tag="text-generation", tags=["attnres"], **licence
-    )
-    sources = (
-        f"blocks of {config.attn_res_block_size} decoder layers"
-        if config.attn_res_type == "block"
-        else "each sublayer's output"
-    )
-    path.write_text(
-        f"""---
-{card.to_yaml()}
----
-
-# {base_name} with Attention Residuals
-
-[{base_name}]({f"https://huggingface.co/{base_name}" if "/" in base_name else "."}) with
-[Attention Residuals](https://arxiv.org/abs/2603.15031) in place of its residual connections: each sublayer attends over
-depth. Sources: {sources}; scale: `{config.attn_res_scale}`.
-
-The base's weights are unchanged and the new queries are zero{
-            ", so the model computes what its base computes until it is trained further"
-            if config.attn_res_scale == "sum"
-            else ""
-        }.
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("path/to/this/checkpoint", trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained("path/to/this/checkpoint", trust_remote_code=True)
-```
-""",
-        encoding="utf-8",
-    )
+    metadata = card_metadata(base_card.read_text(encoding="utf-8")) if base_card.is_file() else {}
+    state = "The base's weights are unchanged and the new queries are zero"
+    if config.attn_res_scale == "sum":
+        state += ", so the model computes what its base computes until it is trained further"
+    options = {
+        "--type": config.attn_res_type,
+        "--block-size": config.attn_res_block_size,
+        "--scale": config.attn_res_scale,
+        "--norm-eps": config.attn_res_norm_eps,
+    }
+    arguments = [base_name, output.name, *(str(word) for option in options.items() for word in option)]
+    made = f"`{shlex.join(['attnres', 'retrofit', *arguments])}`"
+    path.write_text(model_card(config, base_name, metadata, f"{state}.", made), encoding="utf-8")

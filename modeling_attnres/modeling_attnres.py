@@ -4,6 +4,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import wraps
+from pathlib import Path
 from threading import get_ident
 
 import torch
@@ -30,12 +31,13 @@ from transformers.modeling_layers import (
 from transformers.modeling_outputs import CausalLMOutputWithPast, MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs
+from transformers.utils import TransformersKwargs, cached_file
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_attnres import AttnResConfig
 from .depth_attention import DepthAttention, DepthAttentionWeights
+from .model_card import PLACEHOLDER, card_metadata, model_card
 
 
 # What the base's modules call the cache: transformers 5.24 renamed it. The models take either name
@@ -184,6 +186,36 @@ class AttnResPreTrainedModel(PreTrainedModel):
     def save_pretrained(self, *args, **kwargs):
         self.use_base_checkpoint_layout()
         return super().save_pretrained(*args, **kwargs)
+
+    def _upload_modified_files(self, working_dir: str, repo_id: str, *args, **kwargs):
+        """What `push_to_hub` calls. The card that transformers gives a new repository names no base and no licence."""
+        card = Path(working_dir) / "README.md"
+        if card_metadata(card.read_text(encoding="utf-8")).get("base_model") is None:
+            card.write_text(self.model_card(repo_id), encoding="utf-8")
+        return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
+
+    def model_card(self, name: str = PLACEHOLDER) -> str:
+        r"""
+        The model card. Base and licence are those that the card of the checkpoint names from which this was loaded.
+
+        Args:
+            name (`str`, *optional*): the Hub id under which the model is to be found.
+
+        Returns:
+            `str`: Markdown, with metadata.
+        """
+        try:
+            file = cached_file(self.name_or_path, "README.md") if self.name_or_path else None
+        except OSError:  # it has no card, or is not there any more
+            file = None
+        metadata = card_metadata(Path(file).read_text(encoding="utf-8")) if file is not None else {}
+        # A base's own card names the base of the base
+        is_attnres = "attnres" in (metadata.get("tags") or [])
+        base_model = metadata.get("base_model") if is_attnres else Path(self.name_or_path).name or None
+        queries = [module.query.detach().float() for module in self.modules() if isinstance(module, DepthAttention)]
+        norms = torch.stack([query.norm() for query in queries])
+        state = f"Its {len(norms)} queries, zero at first, have norms between {norms.min():.3g} and {norms.max():.3g}."
+        return model_card(self.config, base_model, metadata, state, "Saved by `model.push_to_hub`.", name)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):

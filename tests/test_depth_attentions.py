@@ -302,7 +302,7 @@ def test_wrong_masks_are_refused(base, tokens):
         model(**tokens, depth_attention_mask=ones)
 
 
-@pytest.mark.parametrize("family", {"mixtral", "granite", "kimi_linear"} & FAMILIES.keys())
+@pytest.mark.parametrize("family", [f for f in ("mixtral", "granite", "kimi_linear") if f in FAMILIES])
 @torch.no_grad()
 def test_other_families(family, tokens):
     base = tiny_base(family)
