@@ -109,6 +109,8 @@ def inspect_checkpoint(
     """
     import torch
 
+    import modeling_attnres  # noqa: F401  registers the model type
+
     files = _read(checkpoint, revision)
     if files.config["model_type"] != "attnres":
         raise ValueError(f"{files.folder} is not AttnRes: its `model_type` is {files.config['model_type']!r}.")
@@ -174,8 +176,6 @@ def _tokenize(checkpoint: Checkpoint, text: str, max_tokens: int) -> tuple["torc
 def _load(checkpoint: Checkpoint) -> "PreTrainedModel":
     import torch
     from transformers import AutoModelForCausalLM
-
-    import modeling_attnres  # noqa: F401  registers the model type
 
     return AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=torch.float32).eval()
 

@@ -130,6 +130,7 @@ def draw_dilution(figure, inspections: list[Inspection]) -> None:
             axes.plot(range(len(values)), values, line, color=colour, marker=marker, markersize=3, label=name)
         axes.set_yscale("log")
         axes.set_xlabel("layer")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_title(title)
         axes.grid(alpha=0.3)
         axes.legend()
