@@ -152,6 +152,17 @@ def inspect_checkpoint(
     return inspection
 
 
+def require_one_shape(inspections: list[Inspection]) -> None:
+    """Checkpoints of one run have the same sublayers and sources, and only then can they stand side by side."""
+    first = inspections[0]
+    for other in inspections[1:]:
+        if (other.sublayers, other.sources) != (first.sublayers, first.sources):
+            raise ValueError(
+                f"{other.name} has other sublayers or sources than {first.name}: only checkpoints of one run can be "
+                "compared."
+            )
+
+
 def _read(source: str | Path, revision: str | None = None) -> Checkpoint:
     checkpoint = read_checkpoint(download(str(source), revision))
     architecture = (checkpoint.config.get("architectures") or ["ForCausalLM"])[0]

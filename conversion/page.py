@@ -4,7 +4,7 @@
 import json
 from pathlib import Path
 
-from .inspect_checkpoint import Inspection
+from .inspect_checkpoint import Inspection, require_one_shape
 
 
 def write_page(inspections: list[Inspection], path: str | Path) -> Path:
@@ -17,7 +17,11 @@ def write_page(inspections: list[Inspection], path: str | Path) -> Path:
 
     Returns:
         `Path`: the file.
+
+    Raises:
+        `ValueError`: the inspections are not of one shape.
     """
+    require_one_shape(inspections)
     checkpoints = []
     for inspection in inspections:
         counts = (~inspection.mean_weights.isnan()).sum(-1).tolist()

@@ -5,7 +5,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .inspect_checkpoint import Inspection
+from .inspect_checkpoint import Inspection, require_one_shape
 
 
 if TYPE_CHECKING:
@@ -36,8 +36,10 @@ def write_pictures(inspections: list[Inspection], folder: str | Path) -> list[Pa
 
     Raises:
         `ImportError`: matplotlib is not installed.
+        `ValueError`: the inspections are not of one shape.
     """
     require_matplotlib()
+    require_one_shape(inspections)
     import matplotlib
 
     # Drawn to files, whatever else the process has on a screen
@@ -109,7 +111,9 @@ def draw_query_norms(figure, inspections: list[Inspection]) -> None:
     axes = _sublayer_axes(figure, inspections[-1])
     for inspection, (colour, line, marker) in zip(inspections, _lines(inspections)):
         x = range(len(inspection.sublayers))
-        axes.plot(x, inspection.query_norms, line, color=colour, marker=marker, markersize=3, label=inspection.name)
+        axes.plot(
+            x, inspection.query_norms.numpy(), line, color=colour, marker=marker, markersize=3, label=inspection.name
+        )
     axes.set_ylim(bottom=0)
     axes.set_ylabel("norm of the query")
     axes.set_title("How far the queries have come from zero")
@@ -148,7 +152,7 @@ def _heat_map_panels(figure, inspection: Inspection, count: int) -> list["Axes"]
 
 
 def _heat_map(axes: "Axes", inspection: Inspection, values, **options):
-    image = axes.imshow(values, aspect="auto", interpolation="nearest", **options)
+    image = axes.imshow(values.numpy(), aspect="auto", interpolation="nearest", **options)
     # What a sublayer does not have is neither dark nor light
     axes.set_facecolor("white")
     axes.set_xticks(range(len(inspection.sources)), inspection.sources, rotation=90, fontsize=7)

@@ -34,8 +34,10 @@ def push(
         `FileNotFoundError`, `ValueError`: not a whole AttnRes checkpoint.
         `ConnectionError`: the upload was interrupted, or the Hub refused it.
     """
-    import httpx
     from huggingface_hub import CommitOperationAdd, HfApi
+
+    # Of the HTTP client that this version of huggingface_hub has: an error of the Hub's, or no connection at all
+    from huggingface_hub.errors import HTTPError
 
     files = read_checkpoint(Path(checkpoint))
     if files.config["model_type"] != "attnres":
@@ -45,14 +47,14 @@ def push(
         paths.append(INDEX)
     try:
         api = HfApi()
-        repository = api.create_repo(name, private=private, exist_ok=True)
+        repository = api.create_repo(name, private=private or None, exist_ok=True)
         operations = [CommitOperationAdd(path, str(files.folder / path)) for path in paths if path != "README.md"]
         card = _card(files.folder, paths, repository.repo_id, verification)
         operations.append(CommitOperationAdd("README.md", card.encode()))
         api.create_commit(repository.repo_id, operations, commit_message="Upload an AttnRes checkpoint")
-    except httpx.HTTPError as error:
+    except (HTTPError, RuntimeError) as error:  # the latter where it was a file's upload that failed
         raise ConnectionError(
-            f"{files.folder} was not uploaded to {name}: {error}. The checkpoint is whole; to go on, "
+            f"{files.folder} was not uploaded to {name}: {error.__cause__ or error} The checkpoint is whole; to go on, "
             f"`attnres push {files.folder} {name}{' --private' if private else ''}`."
         ) from error
     return str(repository)

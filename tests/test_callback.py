@@ -1,7 +1,5 @@
 """The callback: what it logs while a model trains, read back from TensorBoard's files."""
 
-import math
-
 import pytest
 import torch
 from conftest import attnres_of, tiny_base
