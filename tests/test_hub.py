@@ -15,6 +15,10 @@ from test_cli import attnres
 from test_conversion import file_bytes, save_base, tensor_hashes
 from test_remote_code import ISOLATED
 
+from attnres_conversion import inspect_checkpoint, retrofit
+from attnres_conversion.page import write_page
+from attnres_conversion.pictures import write_pictures
+
 
 BASE, NAME = f"{USER}/base", f"{USER}/base-attnres"
 
@@ -36,14 +40,6 @@ def put_base(hub, folder):
 
 def metadata(card):
     return yaml.safe_load(card.split("---\n")[1])
-
-
-def run(script, *arguments, environment):
-    process = subprocess.run(
-        [sys.executable, "-c", script, *map(str, arguments)], capture_output=True, text=True, env=environment
-    )
-    assert process.returncode == 0, process.stderr
-    return process.stdout
 
 
 @pytest.mark.parametrize("link", [[], ["--link"]], ids=["copy", "link"])
@@ -169,16 +165,15 @@ def test_a_refused_upload_says_how_to_go_on(hub, tmp_path):
 
 
 def test_the_heat_map_is_in_the_card(hub, tmp_path):
-    base, output = save_base(tmp_path / "base"), tmp_path / "attnres"
+    base = save_base(tmp_path / "base")
     save_word_tokenizer(base, ["and", "word"])
-    assert attnres("retrofit", base, output).returncode == 0
-    arguments = ("--prompt", "word word and word", "--output", output / "inspection")
-    result = attnres("inspect", output, *arguments, "--html", output / "inspection" / "page.html")
-    assert result.returncode == 0, result.stderr
+    output = retrofit(base, tmp_path / "attnres")
+    inspections = [inspect_checkpoint(output, "word word and word")]
+    write_pictures(inspections, output / "inspection")
+    write_page(inspections, output / "inspection" / "page.html")
     on_disk = (output / "README.md").read_text()
-    for _ in range(2):
-        result = attnres("push", output, NAME, environment=hub.environment(tmp_path / "cache"))
-        assert result.returncode == 0, result.stderr
+    result = attnres("push", output, NAME, environment=hub.environment(tmp_path / "cache"))
+    assert result.returncode == 0, result.stderr
     files = hub.repositories[NAME]
     card = files["README.md"].decode()
     assert card.count("](inspection/weights.png)") == card.count("](inspection/page.html)") == 1
@@ -190,33 +185,39 @@ PUSH = """
 import sys, torch
 from transformers import AutoModelForCausalLM
 import modeling_attnres
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)
+folder, logits, *names = sys.argv[1:]
+model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 with torch.no_grad():
     model.model.output_res.query += 0.1
-model.push_to_hub(sys.argv[2], private=True)
-torch.save(model(torch.arange(1, 15)[None]).logits.detach(), sys.argv[3])
+for name in names:
+    model.push_to_hub(name, private=True)
+torch.save(model(torch.arange(1, 15)[None]).logits.detach(), logits)
 """
 
 
 def test_a_model_pushes_itself(hub, tmp_path):
-    put_base(hub, tmp_path / "base")
-    environment = hub.environment(tmp_path / "cache")
-    assert attnres("retrofit", BASE, tmp_path / "attnres", environment=environment).returncode == 0
-    run(PUSH, tmp_path / "attnres", NAME, tmp_path / "logits.pt", environment=environment)
+    base = save_base(tmp_path / "base")
+    card_by_hand = b"---\nbase_model: someone/base\n---\n# By hand\n"
+    hub.repositories[f"{USER}/by-hand"] = {"README.md": card_by_hand}
+    arguments = (retrofit(base, tmp_path / "attnres"), tmp_path / "logits.pt", NAME, f"{USER}/by-hand")
+    process = subprocess.run(
+        [sys.executable, "-c", PUSH, *arguments],
+        capture_output=True,
+        text=True,
+        env=hub.environment(tmp_path / "cache"),
+    )
+    assert process.returncode == 0, process.stderr
     card = hub.repositories[NAME]["README.md"].decode()
     data = metadata(card)
-    assert data["base_model"] == BASE and data["license"] == "apache-2.0" and "attnres" in data["tags"]
+    assert data["base_model"] == "base" and data["license"] == "apache-2.0" and "attnres" in data["tags"]
     assert f'from_pretrained("{NAME}", trust_remote_code=True)' in card
     assert "norms between 0 and 0.566" in card, "0.1 times the root of the hidden size"
     assert hub.private == {NAME}
-    hub.repositories[NAME] |= {path: c for path, c in hub.repositories[BASE].items() if path.startswith("token")}
+    hub.repositories[NAME] |= {path: c for path, c in file_bytes(base).items() if path.startswith("token")}
     logits = load_without_the_package(hub, NAME, tmp_path)
     torch.testing.assert_close(logits, torch.load(tmp_path / "logits.pt"), rtol=0, atol=1e-5)
-
-    # A card that somebody wrote is left alone
-    hub.repositories[NAME]["README.md"] = f"---\nbase_model: {BASE}\n---\n# By hand\n".encode()
-    run(PUSH, tmp_path / "attnres", NAME, tmp_path / "logits.pt", environment=environment)
-    assert "# By hand" in hub.repositories[NAME]["README.md"].decode()
+    by_hand = hub.repositories[f"{USER}/by-hand"]
+    assert "# By hand" in by_hand["README.md"].decode() and "config.json" in by_hand
 
 
 def test_the_card_of_a_model_that_was_never_saved(tmp_path):
