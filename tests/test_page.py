@@ -109,6 +109,9 @@ def test_other_checkpoints_and_the_ablation(page, inspections):
 
 @in_a_browser
 def test_it_asks_for_nothing_but_itself_and_logs_no_error(page):
+    for log in ("performance", "browser"):
+        page.get_log(log)  # of what was open before
+    page.refresh()
     requests = [
         message["params"]["request"]["url"]
         for entry in page.get_log("performance")

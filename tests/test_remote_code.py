@@ -126,6 +126,7 @@ def test_the_code_that_travels_imports_torch_and_transformers_alone(tmp_path):
         "configuration_attnres.py",
         "depth_attention.py",
         "fused_depth_attention.py",
+        "model_card.py",
         "modeling_attnres.py",
         "streaming_depth_attention.py",
     }
@@ -141,4 +142,4 @@ def test_the_code_that_travels_imports_torch_and_transformers_alone(tmp_path):
     assert {name.split(".")[0] for name in imported - standard} == {*required, "fla"}
     # fla is optional: what transformers asks for before it runs the code leaves it out
     assert not any("fla" in get_imports(path) for path in output.glob("*.py"))
-    assert standard == {"collections.abc", "contextlib", "functools", "math", "threading", "typing"}
+    assert standard == {"collections.abc", "contextlib", "functools", "math", "pathlib", "re", "threading", "typing"}
