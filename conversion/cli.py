@@ -113,6 +113,7 @@ def inspect(
     max_tokens: Annotated[int, typer.Option(min=2, help="Where to cut the text off.")] = 512,
     output: Annotated[Path | None, typer.Option(help="Folder to draw pictures into.", file_okay=False)] = None,
     html: Annotated[Path | None, typer.Option(help="Page to write, on which one picks a token.")] = None,
+    revision: Revision = None,
 ):
     """Show where the sublayers of a checkpoint look: tables, pictures (--output) and a page (--html)."""
     with errors_in_one_line():
@@ -127,8 +128,9 @@ def inspect(
         if text is not None:
             content = text.read_text(encoding="utf-8")
         *earlier, last = checkpoints
-        inspections = [inspect_checkpoint(checkpoint, content, max_tokens=max_tokens) for checkpoint in earlier]
-        inspections.append(inspect_checkpoint(last, content, base, ablate, max_tokens))
+        options = {"max_tokens": max_tokens, "revision": revision}
+        inspections = [inspect_checkpoint(checkpoint, content, **options) for checkpoint in earlier]
+        inspections.append(inspect_checkpoint(last, content, base, ablate, **options))
         typer.echo(tables(inspections))
         if output is not None:
             from .pictures import write_pictures

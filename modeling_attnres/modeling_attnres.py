@@ -2,7 +2,7 @@
 """AttnRes models: the decoder of a base model with Attention Residuals in place of its residual connections."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import wraps
 from pathlib import Path
 from threading import get_ident
@@ -17,6 +17,7 @@ from transformers import (
     Cache,
     DynamicCache,
     GenerationMixin,
+    PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers import initialization as init
@@ -183,9 +184,13 @@ class AttnResPreTrainedModel(PreTrainedModel):
         mapping = get_checkpoint_conversion_mapping(self.config.base_model_type) or []
         register_checkpoint_conversion_mapping(self.config.model_type, mapping, overwrite=True)
 
-    def save_pretrained(self, *args, **kwargs):
+    def save_pretrained(self, save_directory: str, *args, **kwargs):
         self.use_base_checkpoint_layout()
-        return super().save_pretrained(*args, **kwargs)
+        super().save_pretrained(save_directory, *args, **kwargs)
+        # What the base is and its licence are known from the card beside the weights alone
+        card = Path(save_directory) / "README.md"
+        if kwargs.get("is_main_process", True) and Path(self.name_or_path, "README.md").is_file() and not card.exists():
+            card.write_text(self.model_card(), encoding="utf-8")
 
     def _upload_modified_files(self, working_dir: str, repo_id: str, *args, **kwargs):
         """What `push_to_hub` calls. The card that transformers gives a new repository names no base and no licence."""
@@ -204,18 +209,16 @@ class AttnResPreTrainedModel(PreTrainedModel):
         Returns:
             `str`: Markdown, with metadata.
         """
-        try:
-            file = cached_file(self.name_or_path, "README.md") if self.name_or_path else None
-        except OSError:  # it has no card, or is not there any more
-            file = None
-        metadata = card_metadata(Path(file).read_text(encoding="utf-8")) if file is not None else {}
-        # A base's own card names the base of the base
-        is_attnres = "attnres" in (metadata.get("tags") or [])
-        base_model = metadata.get("base_model") if is_attnres else Path(self.name_or_path).name or None
-        queries = [module.query.detach().float() for module in self.modules() if isinstance(module, DepthAttention)]
-        norms = torch.stack([query.norm() for query in queries])
-        state = f"Its {len(norms)} queries, zero at first, have norms between {norms.min():.3g} and {norms.max():.3g}."
-        return model_card(self.config, base_model, metadata, state, "Saved by `model.push_to_hub`.", name)
+        base_model, metadata = None, {}
+        if self.name_or_path:
+            is_base = PreTrainedConfig.get_config_dict(self.name_or_path)[0].get("model_type") != self.config.model_type
+            with suppress(OSError):  # it has no card
+                metadata = card_metadata(Path(cached_file(self.name_or_path, "README.md")).read_text(encoding="utf-8"))
+            is_folder = Path(self.name_or_path).is_dir()
+            name_of_base = Path(self.name_or_path).name if is_folder else self.name_or_path
+            base_model = name_of_base if is_base else metadata.get("base_model")
+        state = "`attnres inspect` shows how far its queries have come from zero, where they started."
+        return model_card(self.config, base_model, metadata, state, "Saved by transformers from a loaded model.", name)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
@@ -292,7 +295,8 @@ class AttnResModel(AttnResPreTrainedModel):
                 `False` takes a source out of a depth attention, at all positions; `config.depth_attention_names` and
                 `config.depth_source_names` say what rows and columns are. The softmax goes over what is left, and
                 `"sum"` scaling counts what is left: at zero queries the source is subtracted from the residual stream.
-                Columns of sources that a depth attention does not have are not read.
+                Columns of sources that a depth attention does not have are not read. Its values steer the wiring, which
+                `torch.compile(fullgraph=True)` cannot follow.
 
         Returns:
             [`MoeModelOutputWithPast`]: on request with `hidden_states` (what each layer's attention was given, then
