@@ -209,14 +209,13 @@ class AttnResPreTrainedModel(PreTrainedModel):
         Returns:
             `str`: Markdown, with metadata.
         """
-        base_model, metadata = None, {}
-        if self.name_or_path:
-            is_base = PreTrainedConfig.get_config_dict(self.name_or_path)[0].get("model_type") != self.config.model_type
-            with suppress(OSError):  # it has no card
-                metadata = card_metadata(Path(cached_file(self.name_or_path, "README.md")).read_text(encoding="utf-8"))
-            is_folder = Path(self.name_or_path).is_dir()
-            name_of_base = Path(self.name_or_path).name if is_folder else self.name_or_path
-            base_model = name_of_base if is_base else metadata.get("base_model")
+        base_model, metadata, source = None, {}, self.name_or_path
+        with suppress(OSError):  # it was loaded from nowhere, from what is not there any more, or from what has no card
+            if PreTrainedConfig.get_config_dict(source)[0].get("model_type") != self.config.model_type:
+                base_model = Path(source).name if Path(source).is_dir() else source
+            metadata = card_metadata(Path(cached_file(source, "README.md")).read_text(encoding="utf-8"))
+        if base_model is None:
+            base_model = metadata.get("base_model")
         state = "`attnres inspect` shows how far its queries have come from zero, where they started."
         return model_card(self.config, base_model, metadata, state, "Saved by transformers from a loaded model.", name)
 

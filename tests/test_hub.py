@@ -223,6 +223,8 @@ def test_the_card_of_a_model_that_was_never_saved(tmp_path):
     model = randomise_depth_attention(attnres_of(tiny_base("llama"), attn_res_block_size=2))
     data = metadata(model.model_card())
     assert "base_model" not in data and data["library_name"] == "transformers" and data["tags"] == ["attnres"]
+    model.config.name_or_path = model.name_or_path = str(tmp_path / "gone")
+    assert "base_model" not in metadata(model.model_card())
     # From a retrofit through a training run's checkpoints
     output = retrofit(save_base(tmp_path / "base"), tmp_path / "attnres")
     for folder in (tmp_path / "trained", tmp_path / "trained-more"):
