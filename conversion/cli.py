@@ -46,18 +46,23 @@ def retrofit(
     with errors_in_one_line():
         from .retrofit import retrofit
 
-        retrofit(source, output, attn_res_type, block_size, scale, norm_eps, link, revision)
-    if push_to_hub is not None:
-        typer.echo(f"Wrote {output}.")
-        with errors_in_one_line():
+        try:
+            retrofit(source, output, attn_res_type, block_size, scale, norm_eps, link, revision)
+        except FileExistsError as error:
+            if push_to_hub is None:
+                raise
+            go_on = shlex.join(["attnres", "push", str(output), push_to_hub])
+            raise FileExistsError(f"{error} To go on with an upload that was interrupted: {go_on}") from error
+        if push_to_hub is not None:
             from .push import push
             from .verify import verify
 
+            typer.echo(f"Wrote {output}.")
             verification = verify(source, output, revision)
             if scale == "sum" and not verification.passed:
                 raise ValueError(f"{output} does not compute what {source} computes, and was not uploaded.")
             typer.echo(f"Uploaded to {push(output, push_to_hub, private, verification)}")
-        return
+            return
     compare = ["attnres", "verify", source, str(output), *(["--revision", revision] if revision else [])]
     typer.echo(f"Wrote {output}. Compare with the base: {shlex.join(compare)}")
 

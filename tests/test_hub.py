@@ -142,12 +142,15 @@ def test_an_interrupted_upload_goes_on(hub, tmp_path):
     assert len(hub.received) == 1 and hub.repositories[NAME] == {} and not hub.commits
 
     hub.hold = None
+    result = attnres("retrofit", base, tmp_path / "attnres", "--push-to-hub", NAME, environment=environment)
+    assert result.returncode == 1 and f"attnres push {tmp_path / 'attnres'} {NAME}" in result.stderr.replace("\n", "")
     result = attnres("push", tmp_path / "attnres", NAME, environment=environment)
     assert result.returncode == 0, result.stderr
     shards = [path for path in hub.repositories[NAME] if path.endswith(".safetensors")]
     assert len(shards) > 2 and len(hub.received) == len(set(hub.received)) == len(shards), "none was sent twice"
     expected = file_bytes(tmp_path / "attnres")
     assert {**hub.repositories[NAME], "README.md": expected["README.md"]} == expected
+    assert "The two compute the same" in hub.repositories[NAME]["README.md"].decode(), "that was known before"
 
 
 def test_a_refused_upload_says_how_to_go_on(hub, tmp_path):
