@@ -103,7 +103,7 @@ def draw_entropies(figure, inspections: list[Inspection]) -> None:
         axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
     axes.set_ylabel("entropy / that of equal weights")
     axes.set_title("How evenly the sublayers look (line: mean, band: 5 to 95 % of the tokens)")
-    axes.legend()
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
 
 
 def draw_query_norms(figure, inspections: list[Inspection]) -> None:
@@ -117,7 +117,7 @@ def draw_query_norms(figure, inspections: list[Inspection]) -> None:
     axes.set_ylim(bottom=0)
     axes.set_ylabel("norm of the query")
     axes.set_title("How far the queries have come from zero")
-    axes.legend()
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
 
 
 def draw_dilution(figure, inspections: list[Inspection]) -> None:
@@ -162,7 +162,7 @@ def _heat_map(axes: "Axes", inspection: Inspection, values, **options):
 
 
 def _sublayer_axes(figure, inspection: Inspection) -> "Axes":
-    figure.set_size_inches(max(6, 1 + 0.14 * len(inspection.sublayers)), 3.6)
+    figure.set_size_inches(max(7, 2 + 0.14 * len(inspection.sublayers)), 3.6)
     axes = figure.subplots()
     axes.set_xticks(range(len(inspection.sublayers)), inspection.sublayers, rotation=90, fontsize=6)
     axes.grid(alpha=0.3)

@@ -4,6 +4,8 @@ import re
 import subprocess
 import sys
 import threading
+import urllib.error
+import urllib.request
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from test_cli import attnres
 from test_conversion import file_bytes, save_base, tensor_hashes
 from test_remote_code import ISOLATED
 
-from attnres_conversion import inspect_checkpoint, retrofit
+from attnres_conversion import inspect_checkpoint, push, retrofit
 from attnres_conversion.page import write_page
 from attnres_conversion.pictures import write_pictures
 
@@ -67,18 +69,18 @@ with torch.no_grad():
 """
 
 
-def load_without_the_package(hub, name, work, token=True):
+def load_without_the_package(hub, name, work):
     """Logits of a model on the Hub, by the code that travels with it."""
-    environment = hub.environment(work / "other-cache", **({} if token else {"token": None}))
     script = ISOLATED.replace('folder, work = sys.argv[1:]\ndata = load_file(work + "/in.safetensors")\n', "") + LOAD
     process = subprocess.run(
         [sys.executable, "-c", script, name, work / "out.safetensors"],
         capture_output=True,
         text=True,
-        env=environment,
+        env=hub.environment(work / "other-cache"),
         cwd=work,
     )
-    return process.stderr if process.returncode else load_file(work / "out.safetensors")["logits"]
+    assert process.returncode == 0, process.stderr
+    return load_file(work / "out.safetensors")["logits"]
 
 
 def test_retrofit_and_upload(hub, tmp_path):
@@ -108,8 +110,8 @@ def test_retrofit_and_upload(hub, tmp_path):
     ).groups()
     assert 0 < float(difference) < 1e-5 * float(largest)
 
-    refused = load_without_the_package(hub, NAME, tmp_path, token=False)
-    assert isinstance(refused, str) and NAME in refused, "it is private"
+    with pytest.raises(urllib.error.HTTPError, match="404"):
+        urllib.request.urlopen(f"{hub.endpoint}/{NAME}/resolve/main/config.json")
     with torch.no_grad():
         logits = tiny_base("llama").to(torch.bfloat16).float()(torch.arange(1, 15)[None]).logits
     torch.testing.assert_close(load_without_the_package(hub, NAME, tmp_path), logits, rtol=0, atol=1e-5)
@@ -163,8 +165,8 @@ def test_a_refused_upload_says_how_to_go_on(hub, tmp_path):
     assert result.returncode == 1 and "Traceback" not in result.stderr
     assert f"attnres push {tmp_path / 'attnres'} {NAME} --private" in result.stderr
     assert (tmp_path / "attnres" / "config.json").is_file() and not hub.commits
-    result = attnres("push", base, NAME, environment=environment)
-    assert result.returncode == 1 and "is not AttnRes: its `model_type` is 'llama'" in result.stderr
+    with pytest.raises(ValueError, match="is not AttnRes: its `model_type` is 'llama'"):
+        push(base, NAME)
 
 
 def test_the_heat_map_is_in_the_card(hub, tmp_path):
