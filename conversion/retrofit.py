@@ -94,7 +94,7 @@ def retrofit(
         place_files([(base.folder / name, folder / REPLACED / name) for name in replaced])
         for file in code_files():
             (folder / file.name).write_bytes(file.read_bytes())
-        _write_model_card(folder / "README.md", base, source, output, config)
+        _write_model_card(folder / "README.md", base, source, config)
     return output
 
 
@@ -209,7 +209,7 @@ def code_files() -> list[Path]:
     return [Path(modeling_attnres.__file__), *map(Path, get_relative_import_files(modeling_attnres.__file__))]
 
 
-def _write_model_card(path: Path, base: Checkpoint, source: str, output: Path, config: "AttnResConfig") -> None:
+def _write_model_card(path: Path, base: Checkpoint, source: str, config: "AttnResConfig") -> None:
     from modeling_attnres.model_card import card_metadata, model_card
 
     base_name = Path(source).name if Path(source).is_dir() else source
@@ -224,6 +224,6 @@ def _write_model_card(path: Path, base: Checkpoint, source: str, output: Path, c
         "--scale": config.attn_res_scale,
         "--norm-eps": config.attn_res_norm_eps,
     }
-    arguments = [base_name, output.name, *(str(word) for option in options.items() for word in option)]
+    arguments = [base_name, "OUTPUT", *(str(word) for option in options.items() for word in option)]
     made = f"`{shlex.join(['attnres', 'retrofit', *arguments])}`"
     path.write_text(model_card(config, base_name, metadata, f"{state}.", made), encoding="utf-8")

@@ -103,7 +103,7 @@ def test_retrofit_and_upload(hub, tmp_path):
     assert data["base_model"] == BASE and data["license"] == "apache-2.0"
     assert data["library_name"] == "transformers" and "attnres" in data["tags"]
     assert f'from_pretrained("{NAME}", trust_remote_code=True)' in card
-    assert f"attnres retrofit {BASE} attnres --type block --block-size 2 --scale sum --norm-eps 1e-06" in card
+    assert f"attnres retrofit {BASE} OUTPUT --type block --block-size 2 --scale sum --norm-eps 1e-06" in card
     assert f"torch {torch.__version__}" in card and "transformers 5." in card
     difference, largest = re.search(
         r"between logits is (\S+), the largest logit (\S+)\. The two compute the same", card
