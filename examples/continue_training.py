@@ -7,6 +7,7 @@ python examples/continue_training.py my-attnres my-attnres-trained --files my-te
 """
 
 import argparse
+import os
 from pathlib import Path
 
 import torch
@@ -37,6 +38,8 @@ def continue_training(
     report_to: str = "none",
 ) -> tuple[float, float]:
     """Trains and saves the model. Returns the loss on held-out text before and after."""
+    # An evaluation before the training would let transformers choose the current folder
+    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(Path(output) / "runs"))
     train_blocks, held_out_blocks = token_blocks(files, tokenizer, block_length)
     trainer = Trainer(
         model=model,

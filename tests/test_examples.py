@@ -71,7 +71,8 @@ def test_from_scratch_and_with_tensorboard(real_text, tmp_path):
     arguments = ("--files", *files, "--steps", 4, "--save-steps", 2, "--report-to", "tensorboard")
     run("continue_training.py", tmp_path / "scratch", tmp_path / "trained", *arguments)
     assert (tmp_path / "trained" / "checkpoint-2" / "model.safetensors").is_file()
-    assert list((tmp_path / "trained").rglob("events.out.tfevents.*"))
+    events = b"".join(path.read_bytes() for path in (tmp_path / "trained" / "runs").glob("events.out.tfevents.*"))
+    assert b"train/loss" in events and b"train/depth_attention_entropy/layer_1_MLP" in events
 
 
 def test_benchmark(tmp_path):
