@@ -18,6 +18,7 @@ app = typer.Typer(
 )
 
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of the first argument, if it is on the Hub.")]
+Private = Annotated[bool, typer.Option("--private", help="Make the repository a private one, if it is new.")]
 
 
 @app.command()
@@ -38,13 +39,33 @@ def retrofit(
         float | None, typer.Option(help="What the logits are divided by.", show_default="hidden_size / 128")
     ] = None,
     link: Annotated[bool, typer.Option("--link", help="Hard-link the base's weights, copy nothing.")] = False,
+    push_to_hub: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Verify it and upload it under this Hub id.")
+    ] = None,
+    private: Private = False,
     revision: Revision = None,
 ):
     """Make an AttnRes checkpoint of a Llama-style one."""
     with errors_in_one_line():
         from .retrofit import retrofit
 
-        retrofit(source, output, attn_res_type, block_size, scale, norm_eps, temperature, link, revision)
+        try:
+            retrofit(source, output, attn_res_type, block_size, scale, norm_eps, temperature, link, revision)
+        except FileExistsError as error:
+            if push_to_hub is None:
+                raise
+            go_on = shlex.join(["attnres", "push", str(output), push_to_hub])
+            raise FileExistsError(f"{error} To go on with an upload that was interrupted: {go_on}") from error
+        if push_to_hub is not None:
+            from .push import push
+            from .verify import verify
+
+            typer.echo(f"Wrote {output}.")
+            verification = verify(source, output, revision)
+            if scale == "sum" and not verification.passed:
+                raise ValueError(f"{output} does not compute what {source} computes, and was not uploaded.")
+            typer.echo(f"Uploaded to {push(output, push_to_hub, private, verification)}")
+            return
     compare = ["attnres", "verify", source, str(output), *(["--revision", revision] if revision else [])]
     typer.echo(f"Wrote {output}. Compare with the base: {shlex.join(compare)}")
 
@@ -82,6 +103,65 @@ def revert(
 
         revert(attnres, output, force, revision)
     typer.echo(f"Wrote {output}.")
+
+
+@app.command()
+def inspect(
+    checkpoints: Annotated[
+        list[str], typer.Argument(help="Folders or Hub ids of AttnRes checkpoints; several are those of one run.")
+    ],
+    text: Annotated[
+        Path | None, typer.Option(help="Text file to run.", show_default="a paragraph of English", dir_okay=False)
+    ] = None,
+    prompt: Annotated[str | None, typer.Option(help="Text to run, in place of a file.")] = None,
+    base: Annotated[str | None, typer.Option(help="Folder or Hub id of the base, to compare dilution with.")] = None,
+    ablate: Annotated[
+        bool, typer.Option("--ablate", help="Take out one source at a time and measure the loss: a pass for each.")
+    ] = False,
+    max_tokens: Annotated[int, typer.Option(min=2, help="Where to cut the text off.")] = 512,
+    output: Annotated[Path | None, typer.Option(help="Folder to draw pictures into.", file_okay=False)] = None,
+    html: Annotated[Path | None, typer.Option(help="Page to write, on which one picks a token.")] = None,
+    revision: Revision = None,
+):
+    """Show where the sublayers of a checkpoint look: tables, pictures (--output) and a page (--html)."""
+    with errors_in_one_line():
+        from .inspect_checkpoint import TEXT, inspect_checkpoint, tables
+        from .pictures import require_matplotlib
+
+        if output is not None:
+            require_matplotlib()
+        if text is not None and prompt is not None:
+            raise ValueError("Both --text and --prompt are given: leave one out.")
+        content = TEXT if prompt is None else prompt
+        if text is not None:
+            content = text.read_text(encoding="utf-8")
+        *earlier, last = checkpoints
+        options = {"max_tokens": max_tokens, "revision": revision}
+        inspections = [inspect_checkpoint(checkpoint, content, **options) for checkpoint in earlier]
+        inspections.append(inspect_checkpoint(last, content, base, ablate, **options))
+        typer.echo(tables(inspections))
+        if output is not None:
+            from .pictures import write_pictures
+
+            for file in write_pictures(inspections, output):
+                typer.echo(f"Wrote {file}")
+        if html is not None:
+            from .page import write_page
+
+            typer.echo(f"Wrote {write_page(inspections, html)}")
+
+
+@app.command()
+def push(
+    checkpoint: Annotated[Path, typer.Argument(help="Folder of the AttnRes checkpoint.")],
+    name: Annotated[str, typer.Argument(help="Hub id to upload to.")],
+    private: Private = False,
+):
+    """Upload an AttnRes checkpoint, or go on with an upload that was interrupted."""
+    with errors_in_one_line():
+        from .push import push
+
+        typer.echo(f"Uploaded to {push(checkpoint, name, private)}")
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 """Retrofit: a base checkpoint becomes an AttnRes checkpoint that computes the same."""
 
 import re
+import shlex
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -81,7 +82,7 @@ def retrofit(
     }
     config, config_json, tensors = _plan(base, attn_res)
     tokenizer_config, tokenizer_class = _tokenizer_config(base), _tokenizer_class(base)
-    licence = _licence(base)
+    card_metadata = _card_metadata(base)
     base_name = Path(source).name if Path(source).is_dir() else source
     ours = {CONFIG, INDEX, "README.md"}
     if tokenizer_class is not None and tokenizer_config:
@@ -106,7 +107,7 @@ def retrofit(
         place_files([(base.folder / name, folder / REPLACED / name) for name in replaced])
         for file in code_files():
             (folder / file.name).write_bytes(file.read_bytes())
-        _write_model_card(folder / "README.md", licence, base_name, config)
+        _write_model_card(folder / "README.md", card_metadata, base_name, config)
         check_copied(base.tensors, folder, base.folder)
     return output
 
@@ -244,19 +245,18 @@ def _tokenizer_config(base: Checkpoint) -> dict[str, Any]:
     return read_json(base.folder / TOKENIZER_CONFIG) if (base.folder / TOKENIZER_CONFIG).is_file() else {}
 
 
-def _licence(base: Checkpoint) -> dict[str, Any]:
-    """What the base's model card says of its licence."""
-    from huggingface_hub import ModelCard
+def _card_metadata(base: Checkpoint) -> dict[str, Any]:
+    """What the base's model card says of it, among it the licence."""
+    from modeling_attnres.model_card import card_metadata
 
     path = base.folder / "README.md"
     if not path.is_file():
         return {}
     try:
-        data = ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=True).data.to_dict()
+        return card_metadata(path.read_text(encoding="utf-8"))
     except Exception as error:  # noqa: BLE001  the card is written anew; the old one stays in `attnres_base`
         warnings.warn(f"{path} cannot be read and its licence was not taken over: {error}", stacklevel=3)
         return {}
-    return {key: data[key] for key in ("license", "license_name", "license_link") if key in data}
 
 
 def _save_tensors(tensors: dict[str, "torch.Tensor"], path: Path) -> None:
@@ -275,40 +275,19 @@ def code_files() -> list[Path]:
     return [Path(modeling_attnres.__file__), *map(Path, get_relative_import_files(modeling_attnres.__file__))]
 
 
-def _write_model_card(path: Path, licence: dict[str, Any], base_name: str, config: "AttnResConfig") -> None:
-    from huggingface_hub import ModelCardData
+def _write_model_card(path: Path, metadata: dict[str, Any], base_name: str, config: "AttnResConfig") -> None:
+    from modeling_attnres.model_card import model_card
 
-    card = ModelCardData(
-        base_model=base_name, library_name="transformers", pipeline_tag="text-generation", tags=["attnres"], **licence
-    )
-    sources = (
-        f"blocks of {config.attn_res_block_size} decoder layers"
-        if config.attn_res_type == "block"
-        else "each sublayer's output"
-    )
-    path.write_text(
-        f"""---
-{card.to_yaml()}
----
-
-# {base_name} with Attention Residuals
-
-[{base_name}]({f"https://huggingface.co/{base_name}" if "/" in base_name else "."}) with
-[Attention Residuals](https://arxiv.org/abs/2603.15031) in place of its residual connections: each sublayer attends over
-depth. Sources: {sources}; scale: `{config.attn_res_scale}`.
-
-The base's weights are unchanged and the new queries are zero{
-            ", so the model computes what its base computes until it is trained further"
-            if config.attn_res_scale == "sum"
-            else ""
-        }.
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("path/to/this/checkpoint", trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained("path/to/this/checkpoint", trust_remote_code=True)
-```
-""",
-        encoding="utf-8",
-    )
+    state = "The base's weights are unchanged and the new queries are zero"
+    if config.attn_res_scale == "sum":
+        state += ", so the model computes what its base computes until it is trained further"
+    options = {
+        "--type": config.attn_res_type,
+        "--block-size": config.attn_res_block_size,
+        "--scale": config.attn_res_scale,
+        "--norm-eps": config.attn_res_norm_eps,
+        "--temperature": config.attn_res_temperature,
+    }
+    arguments = [base_name, "OUTPUT", *(str(word) for option in options.items() for word in option)]
+    made = f"`{shlex.join(['attnres', 'retrofit', *arguments])}`"
+    path.write_text(model_card(config, base_name, metadata, f"{state}.", made), encoding="utf-8")

@@ -91,7 +91,7 @@ def attnres_of(base: LlamaForCausalLM, blocks: str, operator=None) -> AttnResFor
     return model
 
 
-def compute_by(operator, module: DepthAttention, *sources: torch.Tensor) -> torch.Tensor:
+def compute_by(operator, module: DepthAttention, *sources: torch.Tensor, **_) -> torch.Tensor:
     return operator(module.query, module.key_norm, sources, module.scale, module.eps)
 
 

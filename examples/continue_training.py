@@ -2,9 +2,12 @@
 
 attnres retrofit BASE my-attnres
 python examples/continue_training.py my-attnres my-attnres-trained --files my-texts/*.txt
+
+`--report-to tensorboard` shows routing form while it trains (`tensorboard --logdir my-attnres-trained`).
 """
 
 import argparse
+import os
 from pathlib import Path
 
 import torch
@@ -18,7 +21,7 @@ from transformers import (
     TrainingArguments,
 )
 
-import modeling_attnres  # noqa: F401  registers AttnRes with the Auto classes
+from modeling_attnres.callback import DepthAttentionCallback
 
 
 def continue_training(
@@ -31,8 +34,12 @@ def continue_training(
     batch_size: int = 4,
     block_length: int = 256,
     eval_blocks: int = 16,
+    save_steps: int | None = None,
+    report_to: str = "none",
 ) -> tuple[float, float]:
     """Trains and saves the model. Returns the loss on held-out text before and after."""
+    # An evaluation before the training would let transformers choose the current folder
+    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(Path(output) / "runs"))
     train_blocks, held_out_blocks = token_blocks(files, tokenizer, block_length)
     trainer = Trainer(
         model=model,
@@ -45,13 +52,17 @@ def continue_training(
             lr_scheduler_type="cosine",
             warmup_steps=max(1, steps // 10),
             logging_steps=max(1, steps // 5),
-            save_strategy="no",
-            report_to="none",
+            save_strategy="no" if save_steps is None else "steps",
+            save_steps=save_steps or 500,
+            save_only_model=True,
+            report_to=report_to,
         ),
         train_dataset=train_blocks,
         eval_dataset=held_out_blocks.select(range(min(eval_blocks, len(held_out_blocks)))),
         processing_class=tokenizer,
     )
+    if model.config.model_type == "attnres" and report_to != "none":
+        trainer.add_callback(DepthAttentionCallback(trainer, per_sublayer=True))
     before = trainer.evaluate()["eval_loss"]
     trainer.train()
     after = trainer.evaluate()["eval_loss"]
@@ -68,6 +79,8 @@ def main():
     parser.add_argument("--learning-rate", type=float, default=5e-5)
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--block-length", type=int, default=256)
+    parser.add_argument("--save-steps", type=int, help="also save every so many steps")
+    parser.add_argument("--report-to", default="none", help="for instance tensorboard")
     args = parser.parse_args()
 
     model = AutoModelForCausalLM.from_pretrained(args.checkpoint, dtype=torch.float32)
@@ -81,6 +94,8 @@ def main():
         learning_rate=args.learning_rate,
         batch_size=args.batch_size,
         block_length=args.block_length,
+        save_steps=args.save_steps,
+        report_to=args.report_to,
     )
     print(f"Loss on held-out text: {before:.3f} before, {after:.3f} after. Saved to {args.output}.")
 

@@ -2,6 +2,8 @@
 
 python examples/train_base.py my-base
 attnres retrofit my-base my-attnres
+
+`--attnres block` trains the same model with Attention Residuals from scratch, in the paper's form (`mean` scaling).
 """
 
 import argparse
@@ -10,7 +12,9 @@ from pathlib import Path
 from continue_training import continue_training
 from text import default_files
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, set_seed
+
+from modeling_attnres import AttnResConfig
 
 
 END_OF_TEXT = "<|endoftext|>"
@@ -36,27 +40,37 @@ def main():
     parser.add_argument("--hidden-size", type=int, default=256)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--attnres", choices=["block", "full"], help="with Attention Residuals")
+    parser.add_argument("--save-steps", type=int, help="also save every so many steps")
     args = parser.parse_args()
 
     set_seed(args.seed)
     tokenizer = train_tokenizer(args.files, args.vocab_size)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=args.hidden_size,
-            intermediate_size=args.hidden_size * 8 // 3,
-            num_hidden_layers=args.layers,
-            num_attention_heads=max(1, args.hidden_size // 64),
-            max_position_embeddings=1024,
-            tie_word_embeddings=True,
-            bos_token_id=None,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=args.hidden_size,
+        intermediate_size=args.hidden_size * 8 // 3,
+        num_hidden_layers=args.layers,
+        num_attention_heads=max(1, args.hidden_size // 64),
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
     )
+    if args.attnres:
+        config = AttnResConfig.from_base_config(config, attn_res_type=args.attnres, attn_res_scale="mean")
+    model = AutoModelForCausalLM.from_config(config)
     print(f"{model.num_parameters() / 1e6:.1f} million parameters")
     before, after = continue_training(
-        model, tokenizer, args.output, args.files, steps=args.steps, learning_rate=args.learning_rate, batch_size=8
+        model,
+        tokenizer,
+        args.output,
+        args.files,
+        steps=args.steps,
+        learning_rate=args.learning_rate,
+        batch_size=8,
+        save_steps=args.save_steps,
     )
     print(f"Loss on held-out text: {before:.3f} before, {after:.3f} after. Saved to {args.output}.")
 

@@ -200,6 +200,32 @@ class AttnResConfig(PreTrainedConfig):
         diff.pop("_name_or_path", None)
         return {**diff, **self._own_items(), "auto_map": {**(diff.get("auto_map") or {}), **AUTO_MAP}}
 
+    @property
+    def depth_attention_names(self) -> list[str]:
+        """The depth attentions in order, by the sublayer that each feeds. The first sublayer has none."""
+        sublayers = [f"layer {i} {kind}" for i in range(self.num_hidden_layers) for kind in ("attention", "MLP")]
+        return [*sublayers[1:], "output"]
+
+    @property
+    def depth_source_names(self) -> list[str]:
+        """The sources in order. A depth attention has the first of them, as many as `depth_attention_sources` says."""
+        layers, size = self.num_hidden_layers, self.attn_res_block_size
+        if self.attn_res_type == "full":
+            return ["embedding", *(f"layer {i} {kind}" for i in range(layers) for kind in ("attention", "MLP"))]
+        blocks = [(first, min(first + size, layers) - 1) for first in range(0, layers, size)]
+        return ["embedding", *(f"layers {a}-{b}" if a < b else f"layer {a}" for a, b in blocks)]
+
+    @property
+    def depth_attention_sources(self) -> list[int]:
+        """How many sources each depth attention has, in the order of `depth_attention_names`."""
+        layers, size = self.num_hidden_layers, self.attn_res_block_size
+        if self.attn_res_type == "full":
+            return list(range(2, 2 * layers + 2))
+        # A block's first attention sees the finished blocks only, every other sublayer the running one too
+        attention = [1 + ceil(i / size) for i in range(layers)]
+        mlp = [2 + i // size for i in range(layers)]
+        return [*(count for pair in zip(attention, mlp) for count in pair), len(self.depth_source_names)][1:]
+
     def _own_items(self) -> dict[str, Any]:
         return {**{name: getattr(self, name) for name in ATTN_RES_FIELDS}, "model_type": self.model_type}
 

@@ -8,6 +8,27 @@ from .fused_depth_attention import fused_depth_attention, fused_kernel
 from .streaming_depth_attention import streaming_depth_attention
 
 
+def depth_attention_weights(
+    query: torch.Tensor, key_norm: torch.Tensor, values: torch.Tensor, eps: float
+) -> torch.Tensor:
+    r"""
+    The `α = softmaxᵢ(q · RMSNorm(vᵢ))` of [`depth_attention`], of sources in one tensor.
+
+    Args:
+        query, key_norm (`torch.Tensor` of shape `(hidden_size,)`): as for [`depth_attention`].
+        values (`torch.Tensor` of shape `(sources, ..., hidden_size)`): the `vᵢ`, of the query's dtype.
+        eps (`float`): the epsilon of the keys' RMSNorm.
+
+    Returns:
+        `torch.Tensor` of shape `(sources, ...)`.
+    """
+    # `q · RMSNorm(v)`, with the norm's weight taken to the query and its factor out of the product. No matrix product,
+    # which autocast would compute in half precision
+    mean_squares = torch.linalg.vector_norm(values, dim=-1).square() / values.shape[-1]
+    logits = (values * (query * key_norm)).sum(dim=-1) * (mean_squares + eps).rsqrt()
+    return logits.softmax(dim=0)
+
+
 def depth_attention(
     query: torch.Tensor,
     key_norm: torch.Tensor,
@@ -36,11 +57,7 @@ def depth_attention(
         tensor if tensor.dtype == dtype else tensor.to(dtype)
         for tensor in (query, key_norm, torch.stack(sources))
     )
-    # `q · RMSNorm(v)`, with the norm's weight taken to the query and its factor out of the product. No matrix product,
-    # which autocast would compute in half precision
-    mean_squares = torch.linalg.vector_norm(values, dim=-1).square() / values.shape[-1]
-    logits = (values * (query * key_norm)).sum(dim=-1) * (mean_squares + eps).rsqrt()
-    weights = logits.softmax(dim=0)
+    weights = depth_attention_weights(query, key_norm, values, eps)
     if scale == "sum":
         # Before the sum: with a zero query each weight is then 1, and `h` the plain sum
         weights = weights * len(sources)
@@ -68,6 +85,30 @@ def choose_implementation(name: str, source: torch.Tensor):
     return fused_depth_attention
 
 
+class DepthAttentionWeights(nn.Module):
+    """
+    The weights alone, which no operator gives beside its output. A module of its own, called when they are asked for,
+    since transformers records what modules give.
+    """
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key_norm: torch.Tensor,
+        sources: tuple[torch.Tensor, ...],
+        eps: float,
+        mask: list[bool] | None = None,
+    ) -> torch.Tensor:
+        """`(batch, sequence, sources)`, in float32 or float64, of the `sources` that a `mask` leaves."""
+        dtype = torch.promote_types(sources[0].dtype, torch.float32)
+        query, key_norm, values = (tensor.to(dtype) for tensor in (query, key_norm, torch.stack(sources)))
+        weights = depth_attention_weights(query, key_norm, values, eps)
+        if mask is not None:
+            kept = iter(weights)
+            weights = torch.stack([next(kept) if attended else torch.zeros_like(weights[0]) for attended in mask])
+        return weights.movedim(0, -1)
+
+
 class DepthAttention(nn.Module):
     r"""
     Depth attention of one sublayer. Its query and the weight of its key norm are parameters of this very module, so
@@ -85,14 +126,34 @@ class DepthAttention(nn.Module):
         self.temperature = config.attn_res_temperature
         self.query = nn.Parameter(torch.zeros(config.hidden_size))
         self.key_norm = nn.Parameter(torch.ones(config.hidden_size))
+        self.weights = DepthAttentionWeights()
 
-    def forward(self, *sources: torch.Tensor) -> torch.Tensor:
-        """The `sources`, each `(batch, sequence, hidden_size)`, become one such tensor. See [`depth_attention`]."""
-        attend = choose_implementation(self.config.attn_res_implementation, sources[0])
+    def forward(
+        self, *sources: torch.Tensor, mask: list[bool] | None = None, output_weights: bool = False
+    ) -> torch.Tensor:
+        r"""
+        The sources become one tensor. See [`depth_attention`].
+
+        Args:
+            sources (`torch.Tensor` of shape `(batch, sequence, hidden_size)`): the `vᵢ`.
+            mask (`list[bool]`, *optional*):
+                which of them to attend over. The others are as if they were not there: weight 0, the softmax over
+                what is left, and `"sum"` scaling counts what is left.
+            output_weights (`bool`, *optional*, defaults to `False`): compute the weights too, for who records them.
+
+        Returns:
+            `torch.Tensor` of shape `(batch, sequence, hidden_size)`.
+        """
+        if mask is not None:
+            mask = mask[: len(sources)]
+            sources = tuple(source for source, attended in zip(sources, mask) if attended)
         query = self.query
         if self.temperature != 1.0:
             # Logits are float32, so what they are made of is not rounded to less
             query = query.to(torch.promote_types(query.dtype, torch.float32)) / self.temperature
+        if output_weights:
+            self.weights(query, self.key_norm, sources, self.eps, mask)
+        attend = choose_implementation(self.config.attn_res_implementation, sources[0])
         return attend(query, self.key_norm, sources, self.scale, self.eps)
 
     def extra_repr(self) -> str:

@@ -1,6 +1,11 @@
 # Copyright 2026 The modeling_attnres authors. Licensed under the Apache License, Version 2.0.
 """AttnRes models: the decoder of a base model with Attention Residuals in place of its residual connections."""
 
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import wraps
+from threading import get_ident
+
 import torch
 from torch import nn
 from transformers import (
@@ -31,7 +36,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_attnres import AttnResConfig
-from .depth_attention import DepthAttention
+from .depth_attention import DepthAttention, DepthAttentionWeights
 
 
 # What the base's modules call the cache: transformers 5.24 renamed it. The models take either name
@@ -78,12 +83,21 @@ class AttnResDecoderLayer(GradientCheckpointingLayer):
         self.self_attention_res = DepthAttention(config) if layer_idx > 0 else None
         self.mlp_res = DepthAttention(config)
 
-    def forward(self, *sources: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> tuple[torch.Tensor, ...]:
+    def forward(
+        self,
+        *sources: torch.Tensor,
+        depth_attention_masks: Sequence[list[bool] | None] = (None, None),
+        output_depth_attentions: bool = False,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, ...]:
         r"""
         Args:
             sources (`torch.Tensor` of shape `(batch, sequence, hidden_size)`):
                 What earlier sublayers left: the embedding, then the block sums (Block AttnRes; the last is that of the
                 running block) or the sublayers' outputs (Full AttnRes).
+            depth_attention_masks (`Sequence[list[bool] | None]`, *optional*):
+                which sources the attention and the MLP attend over. See [`DepthAttention.forward`].
+            output_depth_attentions (`bool`, *optional*, defaults to `False`): compute the weights, to be recorded.
             kwargs: what the base's attention takes.
 
         Returns:
@@ -93,13 +107,19 @@ class AttnResDecoderLayer(GradientCheckpointingLayer):
         if self.is_linear_attention and CACHE_NAME == "past_key_values":
             kwargs["cache_params"] = kwargs.pop("past_key_values")
 
-        attention_input = sources[0] if self.self_attention_res is None else self.self_attention_res(*sources)
+        before_attention, before_mlp = depth_attention_masks
+        attention_input = sources[0]
+        if self.self_attention_res is not None:
+            attention_input = self.self_attention_res(
+                *sources, mask=before_attention, output_weights=output_depth_attentions
+            )
         hidden_states = self.input_layernorm(attention_input)
         output = getattr(self, self.attention_name)(hidden_states=hidden_states, **kwargs)
         output = self.sublayer_output(output, "resid_attn_dropout")
         sources = add_source(sources, output, opens=self.opens_block)
 
-        hidden_states = self.post_attention_layernorm(self.mlp_res(*sources))
+        hidden_states = self.mlp_res(*sources, mask=before_mlp, output_weights=output_depth_attentions)
+        hidden_states = self.post_attention_layernorm(hidden_states)
         output = self.sublayer_output(getattr(self, self.mlp_name)(hidden_states), "resid_mlp_dropout")
         return attention_input, *add_source(sources, output, opens=self.is_full)
 
@@ -139,6 +159,7 @@ class AttnResPreTrainedModel(PreTrainedModel):
             OutputRecorder(AttnResDecoderLayer, capture_initial_hidden_state=False),
             OutputRecorder(DepthAttention, layer_name="output_res", capture_initial_hidden_state=False),
         ],
+        "depth_attentions": DepthAttentionWeights,
         # As each base does it that comes along
         "attentions": [],
         "router_logits": [],
@@ -226,6 +247,8 @@ class AttnResModel(AttnResPreTrainedModel):
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
         past_key_values: Cache | None = None,
+        output_depth_attentions: bool | None = None,
+        depth_attention_mask: torch.BoolTensor | list[list[bool]] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> MoeModelOutputWithPast:
         r"""
@@ -238,10 +261,24 @@ class AttnResModel(AttnResPreTrainedModel):
                 embeddings, in place of `input_ids`.
             use_cache (`bool`, *optional*): whether to return a cache.
             past_key_values ([`Cache`], *optional*): the older name of `cache`.
+            output_depth_attentions (`bool`, *optional*):
+                whether to return the weights of the depth attentions. Defaults to the configuration's value, if it has
+                one. Under reentrant gradient checkpointing they have no gradient, as `attentions` have none.
+            depth_attention_mask (`torch.BoolTensor` of shape `(depth attentions, sources)`, *optional*):
+                `False` takes a source out of a depth attention, at all positions; `config.depth_attention_names` and
+                `config.depth_source_names` say what rows and columns are. The softmax goes over what is left, and
+                `"sum"` scaling counts what is left: at zero queries the source is subtracted from the residual stream.
+                Columns of sources that a depth attention does not have are not read. Its values steer the wiring, which
+                `torch.compile(fullgraph=True)` cannot follow.
 
         Returns:
             [`MoeModelOutputWithPast`]: on request with `hidden_states` (what each layer's attention was given, then
-            the final norm's output), `attentions` and `router_logits`.
+            the final norm's output), `attentions`, `router_logits` and `depth_attentions`: a tuple with a
+            `torch.Tensor` of shape `(batch, sequence, sources)`, float32, for each of `config.depth_attention_names`.
+
+        Raises:
+            `ValueError`: both or none of `input_ids` and `inputs_embeds`, or a `depth_attention_mask` of another shape
+            or that leaves a depth attention no source.
         """
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
@@ -267,6 +304,13 @@ class AttnResModel(AttnResPreTrainedModel):
         if hasattr(self, "rotary_emb"):
             kwargs["position_embeddings"] = self.rotary_emb(inputs_embeds, position_ids=position_ids)
 
+        if output_depth_attentions is None:
+            output_depth_attentions = getattr(self.config, "output_depth_attentions", False)
+        # For each sublayer, of which the first has no depth attention, and for the output
+        depth_masks = [None] * (2 * self.config.num_hidden_layers + 1)
+        if depth_attention_mask is not None:
+            depth_masks[1:] = self.checked_depth_attention_mask(depth_attention_mask)
+
         sources = (self.embedding_dropout(inputs_embeds),)
         for layer_idx, decoder_layer in enumerate(self.layers[: self.config.num_hidden_layers]):
             _, *sources = decoder_layer(
@@ -274,11 +318,67 @@ class AttnResModel(AttnResPreTrainedModel):
                 attention_mask=masks[self.config.layer_types[layer_idx]] if isinstance(masks, dict) else masks,
                 position_ids=position_ids,
                 use_cache=use_cache,
+                depth_attention_masks=depth_masks[2 * layer_idx : 2 * layer_idx + 2],
+                output_depth_attentions=output_depth_attentions,
                 **kwargs,
             )
 
-        hidden_states = self.norm(self.output_res(*sources))
-        return MoeModelOutputWithPast(hidden_states, **{CACHE_NAME: cache if use_cache else None})
+        hidden_states = self.output_res(*sources, mask=depth_masks[-1], output_weights=output_depth_attentions)
+        return MoeModelOutputWithPast(self.norm(hidden_states), **{CACHE_NAME: cache if use_cache else None})
+
+    def checked_depth_attention_mask(self, mask: torch.BoolTensor | list[list[bool]]) -> list[list[bool]]:
+        """The rows of a `depth_attention_mask`, one for each depth attention."""
+        mask = torch.as_tensor(mask)
+        names = self.config.depth_attention_names
+        expected = (len(names), len(self.config.depth_source_names))
+        if mask.dtype != torch.bool or mask.shape != expected:
+            raise ValueError(
+                f"`depth_attention_mask` is {mask.dtype} of shape {tuple(mask.shape)}, but it has to be torch.bool of "
+                f"shape {expected}: a row for each of `config.depth_attention_names`, a column for each of "
+                "`config.depth_source_names`."
+            )
+        rows = mask.tolist()
+        for name, row, sources in zip(names, rows, self.config.depth_attention_sources):
+            if not any(row[:sources]):
+                raise ValueError(
+                    f"`depth_attention_mask` leaves {name!r} none of its {sources} sources: one has to be `True`."
+                )
+        return rows
+
+
+@contextmanager
+def depth_attentions_of(model: PreTrainedModel) -> Iterator[list[tuple[torch.Tensor, ...]]]:
+    """The `depth_attentions` of each forward pass of `model` within the block, in this thread."""
+    recorded, thread = [], get_ident()
+
+    def keep(module, args, output):
+        if get_ident() == thread:
+            recorded.append(output.depth_attentions)
+
+    hook = model.register_forward_hook(keep)
+    try:
+        yield recorded
+    finally:
+        hook.remove()
+
+
+def with_depth_attentions(forward: Callable) -> Callable:
+    """Adds the decoder's `depth_attentions` to what a head of transformers, which knows nothing of them, puts out."""
+
+    @wraps(forward)
+    def wrapper(self, *args, output_depth_attentions: bool | None = None, **kwargs):
+        if output_depth_attentions is None:
+            output_depth_attentions = getattr(self.config, "output_depth_attentions", False)
+        if not output_depth_attentions:
+            return forward(self, *args, output_depth_attentions=False, **kwargs)
+        with depth_attentions_of(self.base_model) as recorded:
+            output = forward(self, *args, output_depth_attentions=True, **kwargs)
+        if isinstance(output, tuple):
+            return (*output, recorded[0])
+        output["depth_attentions"] = recorded[0]
+        return output
+
+    return wrapper
 
 
 class AttnResForCausalLM(AttnResPreTrainedModel, GenerationMixin):
@@ -316,6 +416,7 @@ class AttnResForCausalLM(AttnResPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    @with_depth_attentions
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -327,6 +428,8 @@ class AttnResForCausalLM(AttnResPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         past_key_values: Cache | None = None,
+        output_depth_attentions: bool | None = None,
+        depth_attention_mask: torch.BoolTensor | list[list[bool]] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> CausalLMOutputWithPast | MoeCausalLMOutputWithPast:
         r"""
@@ -354,8 +457,23 @@ class AttnResForCausalLM(AttnResPreTrainedModel, GenerationMixin):
             labels=labels,
             use_cache=use_cache,
             logits_to_keep=logits_to_keep,
+            output_depth_attentions=output_depth_attentions,
+            depth_attention_mask=depth_attention_mask,
             **kwargs,
         )
+
+    @wraps(GenerationMixin.generate)
+    def generate(self, *args, **kwargs):
+        if kwargs.get("depth_attention_mask") is not None:
+            # Tensors are taken for a batch, and repeated for each beam
+            kwargs["depth_attention_mask"] = torch.as_tensor(kwargs["depth_attention_mask"]).tolist()
+        if not kwargs.get("output_depth_attentions"):
+            return super().generate(*args, **kwargs)
+        with depth_attentions_of(self) as recorded:
+            output = super().generate(*args, **kwargs)
+        if not isinstance(output, torch.Tensor):
+            output["depth_attentions"] = tuple(recorded)
+        return output
 
     def prepare_inputs_for_generation(
         self,
@@ -398,14 +516,17 @@ class AttnResGenericHead(AttnResPreTrainedModel):
 
 class AttnResForSequenceClassification(GenericForSequenceClassification, AttnResGenericHead):
     _auto_class = "AutoModelForSequenceClassification"
+    forward = with_depth_attentions(GenericForSequenceClassification.forward)
 
 
 class AttnResForTokenClassification(GenericForTokenClassification, AttnResGenericHead):
     _auto_class = "AutoModelForTokenClassification"
+    forward = with_depth_attentions(GenericForTokenClassification.forward)
 
 
 class AttnResForQuestionAnswering(GenericForQuestionAnswering, AttnResGenericHead):
     _auto_class = "AutoModelForQuestionAnswering"
+    forward = with_depth_attentions(GenericForQuestionAnswering.forward)
 
 
 __all__ = [

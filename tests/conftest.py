@@ -23,7 +23,8 @@ import families
 import pytest
 import torch
 from filelock import FileLock
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from modeling_attnres import AttnResConfig, DepthAttention
 
@@ -92,6 +93,13 @@ def randomise_depth_attention(model, scale=0.3, seed=1):
                 module.query.copy_(torch.randn(module.query.shape, generator=generator) * scale)
                 module.key_norm.copy_(1 + torch.randn(module.query.shape, generator=generator) * 0.3)
     return model
+
+
+def save_word_tokenizer(folder, words):
+    """A tokenizer of these words, parted by blanks."""
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=words[0]))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
 
 
 @pytest.fixture

@@ -74,6 +74,19 @@ def test_a_base_from_scratch_retrofitted_trained_on_and_generating(real_text, tm
     assert run("generate.py", tmp_path / "trained", "import", "--max-new-tokens", 5).strip() == expected.strip()
 
 
+def test_from_scratch_and_with_tensorboard(real_text, tmp_path):
+    files = texts(tmp_path, real_text)
+    small = ("--layers", 2, "--hidden-size", 64, "--vocab-size", 400)
+    run("train_base.py", tmp_path / "scratch", "--files", *files, "--steps", 2, *small, "--attnres", "full")
+    config = json.loads((tmp_path / "scratch" / "config.json").read_text())
+    assert (config["attn_res_type"], config["attn_res_scale"]) == ("full", "mean")
+    arguments = ("--files", *files, "--steps", 4, "--save-steps", 2, "--report-to", "tensorboard")
+    run("continue_training.py", tmp_path / "scratch", tmp_path / "trained", *arguments)
+    assert (tmp_path / "trained" / "checkpoint-2" / "model.safetensors").is_file()
+    events = b"".join(path.read_bytes() for path in (tmp_path / "trained" / "runs").glob("events.out.tfevents.*"))
+    assert b"train/loss" in events and b"train/depth_attention_entropy/layer_1_MLP" in events
+
+
 def test_benchmark(tmp_path):
     output = run(
         "benchmark.py", "--size", "tiny", "--sequence", 16, "--rounds", 1, "--output", tmp_path / "figures.json"

@@ -1,83 +1,245 @@
-"""A source on the Hub: against a stand-in on loopback that answers what `snapshot_download` asks."""
+"""A source on the Hub and a checkpoint that goes there: against a stand-in on loopback, by processes of their own."""
 
-import hashlib
-import json
-import os
+import re
+import subprocess
+import sys
 import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from urllib.parse import unquote, urlsplit
+import urllib.error
+import urllib.request
 
 import pytest
+import torch
+import yaml
+from conftest import attnres_of, randomise_depth_attention, save_word_tokenizer, tiny_base
+from hub_stand_in import USER, running_hub
+from safetensors.torch import load_file
 from test_cli import attnres
-from test_conversion import save_base, tensor_hashes
+from test_conversion import file_bytes, save_base, tensor_hashes
+from test_remote_code import ISOLATED
+
+from attnres_conversion import inspect_checkpoint, push, retrofit
+from attnres_conversion.page import write_page
+from attnres_conversion.pictures import write_pictures
 
 
-REPO, COMMIT = "someone/base", "0123456789abcdef0123456789abcdef01234567"
-
-
-def etag(content):
-    return hashlib.sha1(content).hexdigest()
+BASE, NAME = f"{USER}/base", f"{USER}/base-attnres"
 
 
 @pytest.fixture
-def hub(tmp_path):
-    """Serves a base checkpoint, and much that a retrofit has no use for, as the tag `v1` of a repository."""
-    folder = save_base(tmp_path / "hub")
+def hub():
+    with running_hub() as server:
+        yield server
+
+
+def put_base(hub, folder):
+    """A base checkpoint on the Hub, with much that a retrofit has no use for."""
+    save_base(folder)
     (folder / "original").mkdir()
     (folder / "original" / "consolidated.00.pth").write_bytes(b"not for us")
-    files = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    served = []
+    hub.repositories[BASE] = file_bytes(folder)
+    return folder
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self):
-            path = unquote(urlsplit(self.path).path)
-            if path == f"/api/models/{REPO}/revision/v1":
-                siblings = [{"rfilename": name} for name in files]
-                return self.answer(json.dumps({"id": REPO, "sha": COMMIT, "siblings": siblings}).encode())
-            if path == f"/api/models/{REPO}/tree/{COMMIT}":
-                tree = [{"type": "file", "path": n, "size": len(c), "oid": etag(c)} for n, c in files.items()]
-                return self.answer(json.dumps(tree).encode())
-            name = path.removeprefix(f"/{REPO}/resolve/{COMMIT}/")
-            if name not in files:
-                return self.send_error(404)
-            if self.command == "GET":
-                served.append(name)
-            return self.answer(files[name])
 
-        do_HEAD = do_GET
-
-        def answer(self, body):
-            self.send_response(200)
-            self.send_header("ETag", f'"{etag(body)}"')
-            self.send_header("X-Repo-Commit", COMMIT)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            if self.command == "GET":
-                self.wfile.write(body)
-
-        def log_message(self, *args):
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}", folder, served
-    server.shutdown()
-    server.server_close()
+def metadata(card):
+    return yaml.safe_load(card.split("---\n")[1])
 
 
 @pytest.mark.parametrize("link", [[], ["--link"]], ids=["copy", "link"])
 def test_a_hub_id_and_a_revision(hub, link, tmp_path):
-    endpoint, folder, served = hub
-    environment = {
-        **{name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"},
-        **{"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_DISABLE_TELEMETRY": "1"},
-    }
-    result = attnres("retrofit", REPO, tmp_path / "attnres", "--revision", "v1", *link, environment=environment)
+    folder = put_base(hub, tmp_path / "base")
+    environment = hub.environment(tmp_path / "cache", token=None)
+    result = attnres("retrofit", BASE, tmp_path / "attnres", "--revision", "v1", *link, environment=environment)
     assert result.returncode == 0, result.stderr
     base_hashes, hashes = tensor_hashes(folder), tensor_hashes(tmp_path / "attnres")
     assert {name: hashes[name] for name in base_hashes} == base_hashes
     card = (tmp_path / "attnres" / "README.md").read_text()
-    assert f"base_model: {REPO}" in card and f"https://huggingface.co/{REPO}" in card
+    assert f"base_model: {BASE}" in card and f"https://huggingface.co/{BASE}" in card
     assert not any(path.is_symlink() for path in (tmp_path / "attnres").rglob("*"))
-    assert {"config.json", "model.safetensors", "LICENSE", "tokenizer.json"} <= set(served)
-    assert not {"pytorch_model.bin", "original/consolidated.00.pth"} & set(served), "only the files needed"
+    served = {path for _, path in hub.served}
+    assert {"config.json", "model.safetensors", "LICENSE", "tokenizer.json"} <= served
+    assert not {"pytorch_model.bin", "original/consolidated.00.pth"} & served, "only the files needed"
+
+
+LOAD = """
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True, dtype="float32")
+assert "transformers_modules" in type(model).__module__
+AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=True)
+with torch.no_grad():
+    save_file({"logits": model(torch.arange(1, 15)[None]).logits}, sys.argv[2])
+"""
+
+
+def load_without_the_package(hub, name, work):
+    """Logits of a model on the Hub, by the code that travels with it."""
+    script = ISOLATED.replace('folder, work = sys.argv[1:]\ndata = load_file(work + "/in.safetensors")\n', "") + LOAD
+    process = subprocess.run(
+        [sys.executable, "-c", script, name, work / "out.safetensors"],
+        capture_output=True,
+        text=True,
+        env=hub.environment(work / "other-cache"),
+        cwd=work,
+    )
+    assert process.returncode == 0, process.stderr
+    return load_file(work / "out.safetensors")["logits"]
+
+
+def test_retrofit_and_upload(hub, tmp_path):
+    put_base(hub, tmp_path / "base")
+    environment = hub.environment(tmp_path / "cache")
+    result = attnres(
+        *("retrofit", BASE, tmp_path / "attnres", "--block-size", 2),
+        *("--push-to-hub", NAME, "--private"),
+        environment=environment,
+    )
+    assert result.returncode == 0, result.stderr
+    assert f"Uploaded to {hub.endpoint}/{NAME}" in result.stdout
+    assert hub.private == {NAME} and len(hub.commits) == 1
+
+    expected, uploaded = file_bytes(tmp_path / "attnres"), dict(hub.repositories[NAME])
+    card = uploaded.pop("README.md").decode()
+    expected.pop("README.md")
+    assert uploaded == expected
+    data = metadata(card)
+    assert data["base_model"] == BASE and data["license"] == "apache-2.0"
+    assert data["library_name"] == "transformers" and "attnres" in data["tags"]
+    assert f'from_pretrained("{NAME}", trust_remote_code=True)' in card
+    assert f"attnres retrofit {BASE} OUTPUT --type block --block-size 2 --scale sum --norm-eps 1e-06" in card
+    assert f"torch {torch.__version__}" in card and "transformers 5." in card
+    difference, largest = re.search(
+        r"between logits is (\S+), the largest logit (\S+)\. The two compute the same", card
+    ).groups()
+    assert 0 < float(difference) < 1e-5 * float(largest)
+
+    with pytest.raises(urllib.error.HTTPError, match="404"):
+        urllib.request.urlopen(f"{hub.endpoint}/{NAME}/resolve/main/config.json")
+    with torch.no_grad():
+        logits = tiny_base("llama").to(torch.bfloat16).float()(torch.arange(1, 15)[None]).logits
+    torch.testing.assert_close(load_without_the_package(hub, NAME, tmp_path), logits, rtol=0, atol=1e-5)
+
+
+def test_what_computes_something_else_says_so(hub, tmp_path):
+    base = save_base(tmp_path / "base")
+    environment = hub.environment(tmp_path / "cache")
+    arguments = ("--scale", "mean", "--push-to-hub", "base-attnres")
+    result = attnres("retrofit", base, tmp_path / "attnres", *arguments, environment=environment)
+    assert result.returncode == 0, result.stderr
+    assert not hub.private and list(hub.repositories) == [NAME], "the token's owner"
+    assert "The two compute different things" in hub.repositories[NAME]["README.md"].decode()
+
+
+def test_an_interrupted_upload_goes_on(hub, tmp_path):
+    base = save_base(tmp_path / "base", sharded=True)
+    environment = hub.environment(tmp_path / "cache")
+    hub.hold = threading.Event()
+    process = subprocess.Popen(
+        ["attnres", "retrofit", str(base), str(tmp_path / "attnres"), "--push-to-hub", NAME],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    assert hub.waiting.wait(120), "one object arrived, another is on its way"
+    process.kill()
+    process.wait()
+    hub.hold.set()
+    assert len(hub.received) == 1 and hub.repositories[NAME] == {} and not hub.commits
+
+    hub.hold = None
+    result = attnres("retrofit", base, tmp_path / "attnres", "--push-to-hub", NAME, environment=environment)
+    assert result.returncode == 1 and f"attnres push {tmp_path / 'attnres'} {NAME}" in result.stderr.replace("\n", "")
+    result = attnres("push", tmp_path / "attnres", NAME, environment=environment)
+    assert result.returncode == 0, result.stderr
+    shards = [path for path in hub.repositories[NAME] if path.endswith(".safetensors")]
+    assert len(shards) > 2 and len(hub.received) == len(set(hub.received)) == len(shards), "none was sent twice"
+    expected = file_bytes(tmp_path / "attnres")
+    assert {**hub.repositories[NAME], "README.md": expected["README.md"]} == expected
+    assert "The two compute the same" in hub.repositories[NAME]["README.md"].decode(), "that was known before"
+
+
+def test_a_refused_upload_says_how_to_go_on(hub, tmp_path):
+    base = save_base(tmp_path / "base")
+    hub.refuse_objects = True
+    environment = hub.environment(tmp_path / "cache")
+    result = attnres(
+        "retrofit", base, tmp_path / "attnres", "--push-to-hub", NAME, "--private", environment=environment
+    )
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert f"attnres push {tmp_path / 'attnres'} {NAME} --private" in result.stderr
+    assert (tmp_path / "attnres" / "config.json").is_file() and not hub.commits
+    with pytest.raises(ValueError, match="is not AttnRes: its `model_type` is 'llama'"):
+        push(base, NAME)
+
+
+def test_the_heat_map_is_in_the_card(hub, tmp_path):
+    base = save_base(tmp_path / "base")
+    save_word_tokenizer(base, ["and", "word"])
+    output = retrofit(base, tmp_path / "attnres")
+    inspections = [inspect_checkpoint(output, "word word and word")]
+    write_pictures(inspections, output / "inspection")
+    write_page(inspections, output / "inspection" / "page.html")
+    on_disk = (output / "README.md").read_text()
+    result = attnres("push", output, NAME, environment=hub.environment(tmp_path / "cache"))
+    assert result.returncode == 0, result.stderr
+    files = hub.repositories[NAME]
+    card = files["README.md"].decode()
+    assert card.count("](inspection/weights.png)") == card.count("](inspection/page.html)") == 1
+    assert files["inspection/weights.png"].startswith(b"\x89PNG") and b"<html" in files["inspection/page.html"]
+    assert (output / "README.md").read_text() == on_disk
+
+
+PUSH = """
+import sys, torch
+from transformers import AutoModelForCausalLM
+import modeling_attnres
+folder, logits, *names = sys.argv[1:]
+model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+with torch.no_grad():
+    model.model.output_res.query += 0.1
+for name in names:
+    model.push_to_hub(name, private=True)
+torch.save(model(torch.arange(1, 15)[None]).logits.detach(), logits)
+"""
+
+
+def test_a_model_pushes_itself(hub, tmp_path):
+    base = save_base(tmp_path / "base")
+    card_by_hand = b"---\nbase_model: someone/base\n---\n# By hand\n"
+    hub.repositories[f"{USER}/by-hand"] = {"README.md": card_by_hand}
+    arguments = (retrofit(base, tmp_path / "attnres"), tmp_path / "logits.pt", NAME, f"{USER}/by-hand")
+    process = subprocess.run(
+        [sys.executable, "-c", PUSH, *arguments],
+        capture_output=True,
+        text=True,
+        env=hub.environment(tmp_path / "cache"),
+    )
+    assert process.returncode == 0, process.stderr
+    card = hub.repositories[NAME]["README.md"].decode()
+    data = metadata(card)
+    assert data["base_model"] == "base" and data["license"] == "apache-2.0" and "attnres" in data["tags"]
+    assert f'from_pretrained("{NAME}", trust_remote_code=True)' in card
+    assert hub.private == {NAME}
+    hub.repositories[NAME] |= {path: c for path, c in file_bytes(base).items() if path.startswith("token")}
+    logits = load_without_the_package(hub, NAME, tmp_path)
+    torch.testing.assert_close(logits, torch.load(tmp_path / "logits.pt"), rtol=0, atol=1e-5)
+    by_hand = hub.repositories[f"{USER}/by-hand"]
+    assert "# By hand" in by_hand["README.md"].decode() and "config.json" in by_hand
+
+
+def test_the_card_of_a_model_that_was_never_saved(tmp_path):
+    model = randomise_depth_attention(attnres_of(tiny_base("llama"), attn_res_block_size=2))
+    data = metadata(model.model_card())
+    assert "base_model" not in data and data["library_name"] == "transformers" and data["tags"] == ["attnres"]
+    model.config.name_or_path = model.name_or_path = str(tmp_path / "gone")
+    assert "base_model" not in metadata(model.model_card())
+    # From a retrofit through a training run's checkpoints
+    output = retrofit(save_base(tmp_path / "base"), tmp_path / "attnres")
+    for folder in (tmp_path / "trained", tmp_path / "trained-more"):
+        model = type(model).from_pretrained(output)
+        model.save_pretrained(folder)
+        data = metadata((folder / "README.md").read_text())
+        assert data["base_model"] == "base" and data["license"] == "apache-2.0" and data["tags"] == ["attnres"]
+        output = folder
+    # Loaded from a base's own folder, that is its base, whatever its card names as its own
+    folder = save_base(tmp_path / "a-base")
+    (folder / "README.md").write_text("---\nlicense: mit\nbase_model: someone/else\n---\n")
+    data = metadata(type(model).from_pretrained(folder).model_card())
+    assert data["base_model"] == "a-base" and data["license"] == "mit"

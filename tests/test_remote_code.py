@@ -143,7 +143,7 @@ def test_the_code_that_travels_imports_torch_and_transformers_alone(tmp_path):
     assert {name.split(".")[0] for name in imported - standard} == {*required, "fla"}
     # fla is optional: what transformers asks for before it runs the code leaves it out
     assert not any("fla" in get_imports(path) for path in output.glob("*.py"))
-    assert standard == {"collections.abc", "functools", "math", "typing"}
+    assert standard == {"collections.abc", "contextlib", "functools", "math", "threading", "typing"}
 
 
 # What could read the environment or a file, reach the network, run other code, or reach any of these by a detour

@@ -1,0 +1,169 @@
+# Copyright 2026 The modeling_attnres authors. Licensed under the Apache License, Version 2.0.
+"""Inspections as pictures."""
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .inspect_checkpoint import Inspection, require_one_shape
+
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+# Told apart by the colour-blind, and by their lines in print
+LINES = [("#0072B2", "-", "o"), ("#D55E00", "--", "s"), ("#009E73", "-.", "^"), ("#CC79A7", ":", "D")]
+# From dark to light in one order, also in grey; and the two-sided one, white at zero
+WEIGHTS, CHANGES = "cividis", "PuOr_r"
+
+
+def require_matplotlib() -> None:
+    if find_spec("matplotlib") is None:
+        raise ImportError("Pictures need the package matplotlib: `pip install matplotlib`.")
+
+
+def write_pictures(inspections: list[Inspection], folder: str | Path) -> list[Path]:
+    r"""
+    Draws one or more inspections, of one shape, as PNG files: `weights.png`, `entropy.png`, `queries.png`, and, where
+    there are numbers for them, `ablation.png` and `dilution.png` of the last.
+
+    Args:
+        inspections (`list[Inspection]`): as [`inspect_checkpoint`] gives them; several are drawn side by side.
+        folder (`str` or `Path`): where to put them. It is made if it is not there.
+
+    Returns:
+        `list[Path]`: the files.
+
+    Raises:
+        `ImportError`: matplotlib is not installed.
+        `ValueError`: the inspections are not of one shape.
+    """
+    require_matplotlib()
+    require_one_shape(inspections)
+    import matplotlib
+
+    # Drawn to files, whatever else the process has on a screen
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    last = inspections[-1]
+    drawings = {"weights.png": draw_weights, "entropy.png": draw_entropies, "queries.png": draw_query_norms}
+    if last.loss_changes is not None:
+        drawings["ablation.png"] = draw_ablation
+    if last.dilution is not None:
+        drawings["dilution.png"] = draw_dilution
+    files = []
+    for name, draw in drawings.items():
+        with matplotlib.rc_context({"font.size": 8, "axes.titlesize": 9, "figure.constrained_layout.use": True}):
+            figure = Figure()
+            FigureCanvasAgg(figure)
+            draw(figure, inspections)
+            files.append(folder / name)
+            figure.savefig(files[-1], dpi=110, metadata={"Title": f"{name}: {', '.join(i.name for i in inspections)}"})
+    return files
+
+
+def draw_weights(figure, inspections: list[Inspection]) -> None:
+    """The mean weight, sublayer by source, one panel for each checkpoint, all on one scale."""
+    panels = _heat_map_panels(figure, inspections[-1], len(inspections))
+    greatest = max(i.mean_weights.nan_to_num(0).max().item() for i in inspections)
+    for axes, inspection in zip(panels, inspections):
+        image = _heat_map(axes, inspection, inspection.mean_weights, cmap=WEIGHTS, vmin=0, vmax=greatest)
+        axes.set_title(inspection.name)
+    figure.colorbar(image, ax=list(panels), label="mean weight", shrink=0.6)
+
+
+def draw_ablation(figure, inspections: list[Inspection]) -> None:
+    """The mean weight, and beside it what the loss gains without the source."""
+    from matplotlib.colors import SymLogNorm
+
+    last = inspections[-1]
+    left, right = _heat_map_panels(figure, last, 2)
+    image = _heat_map(left, last, last.mean_weights, cmap=WEIGHTS, vmin=0)
+    left.set_title("mean weight")
+    figure.colorbar(image, ax=left, shrink=0.6)
+    greatest = max(last.loss_changes.nan_to_num(0).abs().max().item(), 2e-3)
+    # Few sources cost much, most cost little: both have to show
+    norm = SymLogNorm(linthresh=1e-3, vmin=-greatest, vmax=greatest)
+    image = _heat_map(right, last, last.loss_changes, cmap=CHANGES, norm=norm)
+    right.set_title("change in loss without the source")
+    figure.colorbar(image, ax=right, shrink=0.6)
+    figure.suptitle(f"{last.name}: weight and cause")
+
+
+def draw_entropies(figure, inspections: list[Inspection]) -> None:
+    """Mean entropy for each sublayer, with the range in which nine of ten tokens lie."""
+    axes = _sublayer_axes(figure, inspections[-1])
+    for inspection, (colour, line, marker) in zip(inspections, _lines(inspections)):
+        entropies, x = inspection.entropies, range(len(inspection.sublayers))
+        axes.plot(x, entropies.mean(1), line, color=colour, marker=marker, markersize=3, label=inspection.name)
+        low, high = entropies.quantile(0.05, dim=1), entropies.quantile(0.95, dim=1)
+        axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
+    axes.set_ylabel("entropy / that of equal weights")
+    axes.set_title("How evenly the sublayers look (line: mean, band: 5 to 95 % of the tokens)")
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
+
+
+def draw_query_norms(figure, inspections: list[Inspection]) -> None:
+    """How far each query has come from zero."""
+    axes = _sublayer_axes(figure, inspections[-1])
+    for inspection, (colour, line, marker) in zip(inspections, _lines(inspections)):
+        x = range(len(inspection.sublayers))
+        axes.plot(
+            x, inspection.query_norms.numpy(), line, color=colour, marker=marker, markersize=3, label=inspection.name
+        )
+    axes.set_ylim(bottom=0)
+    axes.set_ylabel("norm of the query")
+    axes.set_title("How far the queries have come from zero")
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
+
+
+def draw_dilution(figure, inspections: list[Inspection]) -> None:
+    """What each layer leaves and the gradient that reaches it, base against AttnRes."""
+    last = inspections[-1]
+    figure.set_size_inches(9, 3.2)
+    for axes, field, title in zip(
+        figure.subplots(1, 2), ("outputs", "gradients"), ("output magnitude (root mean square)", "norm of the gradient")
+    ):
+        for name, dilution, (colour, line, marker) in zip(
+            ("base", last.name), (last.base_dilution, last.dilution), LINES
+        ):
+            values = getattr(dilution, field)
+            axes.plot(range(len(values)), values, line, color=colour, marker=marker, markersize=3, label=name)
+        axes.set_yscale("log")
+        axes.set_xlabel("layer")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.set_title(title)
+        axes.grid(alpha=0.3)
+        axes.legend()
+
+
+def _lines(inspections: list[Inspection]) -> list[tuple[str, str, str]]:
+    """Four that are told apart, then the same again."""
+    return [LINES[i % len(LINES)] for i in range(len(inspections))]
+
+
+def _heat_map_panels(figure, inspection: Inspection, count: int) -> list["Axes"]:
+    width = 1.6 + count * (0.9 + 0.22 * max(len(inspection.sources), 6))
+    figure.set_size_inches(width, 1.4 + 0.13 * max(len(inspection.sublayers), 16))
+    return list(figure.subplots(1, count, sharey=True, squeeze=False)[0])
+
+
+def _heat_map(axes: "Axes", inspection: Inspection, values, **options):
+    image = axes.imshow(values.numpy(), aspect="auto", interpolation="nearest", **options)
+    # What a sublayer does not have is neither dark nor light
+    axes.set_facecolor("white")
+    axes.set_xticks(range(len(inspection.sources)), inspection.sources, rotation=90, fontsize=7)
+    axes.set_yticks(range(len(inspection.sublayers)), inspection.sublayers, fontsize=6)
+    axes.set_xlabel("source")
+    return image
+
+
+def _sublayer_axes(figure, inspection: Inspection) -> "Axes":
+    figure.set_size_inches(max(7, 2 + 0.14 * len(inspection.sublayers)), 3.6)
+    axes = figure.subplots()
+    axes.set_xticks(range(len(inspection.sublayers)), inspection.sublayers, rotation=90, fontsize=6)
+    axes.grid(alpha=0.3)
+    return axes

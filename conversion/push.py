@@ -1,0 +1,95 @@
+# Copyright 2026 The modeling_attnres authors. Licensed under the Apache License, Version 2.0.
+"""Push: a checkpoint goes to the Hub, with a card that says what it is."""
+
+from pathlib import Path
+
+from .checkpoint import CONFIG, INDEX, read_checkpoint
+from .verify import TOLERANCE, Verification
+
+
+def push(
+    checkpoint: str | Path,
+    name: str,
+    private: bool = False,
+    verification: Verification | None = None,
+) -> str:
+    r"""
+    Uploads an AttnRes checkpoint, in one commit. If that is interrupted, the same call goes on: what the Hub has of it
+    by then is not sent again.
+
+    The result of the verification is written into the card in the folder, for a later call. The card is sent with the
+    Hub id in it, and with the heat map of [`write_pictures`] and the page of [`write_page`], if they are in the
+    checkpoint's folder.
+
+    Args:
+        checkpoint (`str` or `Path`): folder of an AttnRes checkpoint.
+        name (`str`): Hub id, `owner/name` or `name`. The repository is made if it is not there.
+        private (`bool`, *optional*, defaults to `False`): whether a new repository is private.
+        verification ([`Verification`], *optional*): what [`verify`] found.
+
+    Returns:
+        `str`: the address of the repository.
+
+    Raises:
+        `FileNotFoundError`, `ValueError`: not a whole AttnRes checkpoint.
+        `ConnectionError`: the upload was interrupted, or the Hub refused it.
+    """
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+    # Of the HTTP client that this version of huggingface_hub has: an error of the Hub's, or no connection at all
+    from huggingface_hub.errors import HTTPError
+
+    from modeling_attnres.model_card import PLACEHOLDER
+
+    files = read_checkpoint(Path(checkpoint))
+    if files.config["model_type"] != "attnres":
+        raise ValueError(f"{files.folder} is not AttnRes: its `model_type` is {files.config['model_type']!r}.")
+    card = _card(files.folder, verification)
+    paths = [CONFIG, *files.weights.files_metadata, *map(str, files.other_files())]
+    if (files.folder / INDEX).is_file():
+        paths.append(INDEX)
+    try:
+        api = HfApi()
+        repository = api.create_repo(name, private=private or None, exist_ok=True)
+        operations = [CommitOperationAdd(path, str(files.folder / path)) for path in paths if path != "README.md"]
+        sent = _with_pictures(card, paths).replace(PLACEHOLDER, repository.repo_id)
+        operations.append(CommitOperationAdd("README.md", sent.encode()))
+        api.create_commit(repository.repo_id, operations, commit_message="Upload an AttnRes checkpoint")
+    except (HTTPError, RuntimeError) as error:  # the latter where it was a file's upload that failed
+        raise ConnectionError(
+            f"{files.folder} was not uploaded to {name}: {error.__cause__ or error} The checkpoint is whole; to go on, "
+            f"`attnres push {files.folder} {name}{' --private' if private else ''}`."
+        ) from error
+    return str(repository)
+
+
+def _card(folder: Path, verification: Verification | None) -> str:
+    from modeling_attnres.model_card import with_section
+
+    path = folder / "README.md"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{folder} has no README.md: copy the retrofit's and say what was done since, or use `model.push_to_hub`."
+        )
+    card = path.read_text(encoding="utf-8")
+    if verification is not None:
+        content = (
+            f"Compared with its base by `attnres verify`, in float32: the largest difference between logits is "
+            f"{verification.max_difference:.2e}, the largest logit {verification.max_logit:.2e}. "
+            f"{'The two compute the same' if verification.passed else 'The two compute different things'} "
+            f"({verification.relative_difference:.1e} of it, {TOLERANCE:.0e} allowed)."
+        )
+        card = with_section(card, "Verification", content)
+        path.write_text(card, encoding="utf-8")
+    return card
+
+
+def _with_pictures(card: str, paths: list[str]) -> str:
+    from modeling_attnres.model_card import with_section
+
+    heat_map = next((path for path in paths if Path(path).name == "weights.png"), None)
+    page = next((path for path in paths if Path(path).suffix == ".html"), None)
+    shown = [f"![Mean weight of each source in each sublayer]({heat_map})"] if heat_map else []
+    if page:
+        shown.append(f"[Token by token]({page}): a page to download and open in a browser.")
+    return with_section(card, "Depth attention", "\n\n".join(shown)) if shown else card

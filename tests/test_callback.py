@@ -1,0 +1,91 @@
+"""The callback: what it logs while a model trains, read back from TensorBoard's files."""
+
+import pytest
+import torch
+from conftest import attnres_of, tiny_base
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import Trainer, TrainingArguments
+
+from modeling_attnres.callback import DepthAttentionCallback
+
+
+def data(rows=16):
+    ids = torch.randint(1, 99, (rows, 12), generator=torch.Generator().manual_seed(0))
+    return [{"input_ids": row, "labels": row} for row in ids]
+
+
+def train(model, folder, callback=True, steps=6, **arguments):
+    """Trains, and gives the trainer back."""
+    torch.manual_seed(0)
+    args = TrainingArguments(
+        folder,
+        max_steps=steps,
+        logging_steps=2,
+        learning_rate=5e-2,
+        per_device_train_batch_size=4,
+        save_strategy="no",
+        use_cpu=True,
+        disable_tqdm=True,
+        **{"report_to": "none", **arguments},
+    )
+    trainer = Trainer(model, args, train_dataset=data(), eval_dataset=data(4))
+    if callback:
+        trainer.add_callback(DepthAttentionCallback(trainer, per_sublayer=True))
+    trainer.train()
+    return trainer
+
+
+def test_tensorboard_shows_routing_form(tmp_path, monkeypatch):
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "runs"))
+    model = attnres_of(tiny_base("llama"), attn_res_block_size=2)
+    trainer = train(model, tmp_path, report_to="tensorboard")
+    events = EventAccumulator(str(tmp_path / "runs"))
+    events.Reload()
+    series = {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    entropy, norm = series["train/depth_attention/entropy"], series["train/depth_attention/query_norm"]
+    assert [step for step, _ in entropy] == [0, 2, 4, 6] and [step for step, _ in series["train/loss"]] == [2, 4, 6]
+    assert entropy[0][1] == pytest.approx(1) and norm[0][1] == 0
+    assert norm[-1][1] > norm[1][1] > 0 and entropy[-1][1] < 0.999
+
+    # The last ones, from the model as it is now
+    queries = {name: module.query for name, module in model.named_modules() if name.endswith("_res")}
+    largest = max(query.norm().item() for query in queries.values())
+    assert series["train/depth_attention/largest_query_norm"][-1][1] == pytest.approx(largest, rel=1e-5)
+    ids = torch.stack([row["input_ids"] for row in data(4)])
+    with torch.no_grad():
+        weights = trainer.model.eval()(ids, output_depth_attentions=True).depth_attentions
+    expected = [
+        torch.distributions.Categorical(probs=w).entropy() / torch.tensor(float(w.shape[-1])).log() for w in weights
+    ]
+    assert entropy[-1][1] == pytest.approx(torch.stack([e.mean() for e in expected]).mean().item(), rel=1e-4)
+    for name, value in zip(model.config.depth_attention_names, expected):
+        logged = series[f"train/depth_attention_entropy/{name.replace(' ', '_')}"][-1][1]
+        assert logged == pytest.approx(value.mean().item(), rel=1e-4)
+    assert series["train/depth_attention/least_entropy"][-1][1] == pytest.approx(min(e.mean() for e in expected).item())
+
+
+def test_it_does_not_touch_the_training(tmp_path):
+    """The same losses and the same weights, dropout and all."""
+    models = [attnres_of(tiny_base("llama", attention_dropout=0.2), attn_res_block_size=2) for _ in range(2)]
+    trainers = [train(model, tmp_path, callback) for model, callback in zip(models, (False, True))]
+    losses = [[entry["loss"] for entry in trainer.state.log_history if "loss" in entry] for trainer in trainers]
+    assert losses[0] == losses[1] and len(losses[0]) == 3
+    for ours, theirs in zip(models[1].parameters(), models[0].parameters()):
+        assert torch.equal(ours, theirs)
+
+
+def test_padding_is_left_out(tmp_path):
+    model = attnres_of(tiny_base("llama"), attn_res_block_size=2)
+    trainer = train(model, tmp_path, steps=2)
+    callback = next(c for c in trainer.callback_handler.callbacks if isinstance(c, DepthAttentionCallback))
+    _, expected, _ = callback.measure()
+    ids = torch.nn.functional.pad(callback.inputs["input_ids"], (5, 0))
+    mask = torch.nn.functional.pad(torch.ones_like(callback.inputs["input_ids"]), (5, 0))
+    callback.inputs = {"input_ids": ids, "attention_mask": mask}
+    assert callback.measure()[1] == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_model_without_depth_attention_is_refused(tmp_path):
+    trainer = Trainer(tiny_base("llama"), TrainingArguments(tmp_path, report_to="none", use_cpu=True))
+    with pytest.raises(ValueError, match="is a LlamaForCausalLM, which has no depth attention"):
+        DepthAttentionCallback(trainer)
