@@ -8,7 +8,7 @@ import os
 import shutil
 import uuid
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -239,6 +239,23 @@ def _sync(path: Path) -> None:
                 raise
         finally:
             os.close(file)
+
+
+def check_copy(source: Checkpoint, folder: Path, names: Iterable[str]) -> None:
+    """
+    Reads again what was written.
+
+    Raises:
+        `ValueError`: it is not whole, or lacks one of the source's tensors. Somebody wrote to the source meanwhile.
+    """
+    written = read_checkpoint(folder).tensors
+    tensors = source.tensors
+
+    def described(info):
+        return info and (info.dtype, info.shape)
+
+    if any(described(written.get(name)) != described(tensors[name]) for name in names):
+        raise ValueError(f"{source.folder} changed while it was copied: try again when nothing writes to it.")
 
 
 def place_files(pairs: list[tuple[Path, Path]], link: bool = False) -> None:

@@ -12,6 +12,7 @@ from .checkpoint import (
     REPLACED,
     TOKENIZER_CONFIG,
     Checkpoint,
+    check_copy,
     download,
     new_folder,
     place_files,
@@ -98,10 +99,7 @@ def retrofit(
         for file in code_files():
             (folder / file.name).write_bytes(file.read_bytes())
         _write_model_card(folder / "README.md", licence, base_name, config)
-        # A source that somebody writes to meanwhile is copied half old, half new
-        written = read_checkpoint(folder).tensors
-        if {name: written.get(name) for name in base.tensors} != base.tensors:
-            raise ValueError(f"{base.folder} changed while it was copied: try again when nothing writes to it.")
+        check_copy(base, folder, base.tensors.keys())
     return output
 
 
