@@ -8,7 +8,7 @@ import os
 import shutil
 import uuid
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -143,16 +143,6 @@ def read_shard(path: Path) -> "SafetensorsFileMetadata":
     return get_local_safetensors_metadata(path).files_metadata[path.name]
 
 
-def check_copied(tensors: dict[str, Any], folder: Path, source: Path) -> None:
-    """A source that somebody writes to meanwhile is copied half old, half new."""
-    written = read_checkpoint(folder).tensors
-    if any(
-        name not in written or (written[name].dtype, written[name].shape) != (info.dtype, info.shape)
-        for name, info in tensors.items()
-    ):
-        raise ValueError(f"{source} changed while it was copied: try again when nothing writes to it.")
-
-
 def shard_name(number: int, count: int) -> str:
     """As transformers names its shards, which are also the ones that it clears away when it saves over them."""
     return f"model-{number:05}-of-{count:05}.safetensors"
@@ -249,6 +239,23 @@ def _sync(path: Path) -> None:
                 raise
         finally:
             os.close(file)
+
+
+def check_copy(source: Checkpoint, folder: Path, names: Iterable[str]) -> None:
+    """
+    Reads again what was written.
+
+    Raises:
+        `ValueError`: it is not whole, or lacks one of the source's tensors. Somebody wrote to the source meanwhile.
+    """
+    written = read_checkpoint(folder).tensors
+    tensors = source.tensors
+
+    def described(info):
+        return info and (info.dtype, info.shape)
+
+    if any(described(written.get(name)) != described(tensors[name]) for name in names):
+        raise ValueError(f"{source.folder} changed while it was copied: try again when nothing writes to it.")
 
 
 def place_files(pairs: list[tuple[Path, Path]], link: bool = False) -> None:

@@ -13,7 +13,7 @@ from .checkpoint import (
     REPLACED,
     TOKENIZER_CONFIG,
     Checkpoint,
-    check_copied,
+    check_copy,
     download,
     new_folder,
     place_files,
@@ -108,7 +108,7 @@ def retrofit(
         for file in code_files():
             (folder / file.name).write_bytes(file.read_bytes())
         _write_model_card(folder / "README.md", card_metadata, base_name, config)
-        check_copied(base.tensors, folder, base.folder)
+        check_copy(base, folder, base.tensors.keys())
     return output
 
 

@@ -12,7 +12,7 @@ from .checkpoint import (
     REPLACED,
     SINGLE_SHARD,
     Checkpoint,
-    check_copied,
+    check_copy,
     download,
     new_folder,
     place_files,
@@ -69,9 +69,7 @@ def revert(source: str | Path, output: str | Path, force: bool = False, revision
             if len(list(folder.glob("*.safetensors"))) > 1:
                 write_index(folder)
         place_files([(checkpoint.folder / file, folder / file) for file in others])
-        check_copied(
-            {name: info for name, info in checkpoint.tensors.items() if name not in attn_res}, folder, checkpoint.folder
-        )
+        check_copy(checkpoint, folder, checkpoint.tensors.keys() - attn_res)
     return Path(output)
 
 
