@@ -69,6 +69,8 @@ def parse_json(text: bytes, origin: Path | str) -> Any:
 
     try:
         content = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
+        # Half of a surrogate pair can be read, but not written
+        json.dumps(content, ensure_ascii=False).encode("utf-8")
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{origin} is not valid JSON: {error}") from error
     level, depth = [content], 0

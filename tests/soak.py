@@ -217,7 +217,7 @@ def precision(count):
 
 
 # Each with its own count
-RUNS = {crash: 450, fuzz: 600, rounds: 1000, training: 600, precision: 3}
+RUNS = {crash: 240, fuzz: 2000, rounds: 1000, training: 1000, precision: 1}
 
 
 def main():
