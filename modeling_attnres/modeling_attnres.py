@@ -15,6 +15,7 @@ from transformers import (
 )
 from transformers import initialization as init
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
 from transformers.masking_utils import create_causal_mask, create_masks_for_generate
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
@@ -118,6 +119,22 @@ def add_source(sources: tuple[torch.Tensor, ...], output: torch.Tensor, opens: b
     return (*sources, output) if opens else (*sources[:-1], sources[-1] + output)
 
 
+def with_literal_dots(transform):
+    """
+    A base's renaming between disk and memory, of names alone. The dots of Mixtral's `.mlp.` stand for any character, so
+    that a save would take our `.mlp_res` for its MLP, and a load find no such tensor.
+    """
+    patterns = [*transform.source_patterns, *transform.target_patterns]
+    if type(transform) is not WeightRenaming or not all(p.replace(".", "").isidentifier() for p in patterns):
+        return transform
+    return WeightRenaming(
+        *(
+            [pattern.replace(".", r"\.") for pattern in own]
+            for own in (transform.source_patterns, transform.target_patterns)
+        )
+    )
+
+
 class AttnResPreTrainedModel(PreTrainedModel):
     config: AttnResConfig
     base_model_prefix = "model"
@@ -152,12 +169,22 @@ class AttnResPreTrainedModel(PreTrainedModel):
         super().__init__(config, *args, **kwargs)
         self.use_base_checkpoint_layout()
 
+    @property
+    def supports_pp_plan(self):
+        """vLLM asks for this when it is about to cut a model into pipeline stages, and would go on after a `False`."""
+        raise NotImplementedError(
+            "AttnRes models cannot be cut into pipeline stages: a stage hands one tensor of `hidden_size` to the next, "
+            "but depth attention needs all earlier block sums. Use tensor parallelism in place of pipeline parallelism "
+            "(vLLM: `--tensor-parallel-size N --pipeline-parallel-size 1`)."
+        )
+
     def use_base_checkpoint_layout(self):
         """
         Some bases keep their weights otherwise on disk than in memory, for instance each expert by itself. transformers
         looks up how under the `model_type`, which is one for all bases: so it is set anew before each load and save.
         """
         mapping = get_checkpoint_conversion_mapping(self.config.base_model_type) or []
+        mapping = [with_literal_dots(transform) for transform in mapping]
         register_checkpoint_conversion_mapping(self.config.model_type, mapping, overwrite=True)
 
     def save_pretrained(self, *args, **kwargs):

@@ -165,12 +165,16 @@ def test_checkpoints_keep_the_base_s_layout(family, tmp_path, tokens):
     assert {name for name in saved if not name.endswith((".query", ".key_norm"))} == expected.keys()
     assert all(torch.equal(saved[name], tensor) for name, tensor in expected.items())
 
-    # A model that was never loaded knows its layout too
-    attnres_of(base).save_pretrained(tmp_path / "fresh")
+    # A model that was never loaded knows its layout too, and its queries come back
+    fresh = randomise_depth_attention(attnres_of(base))
+    fresh.save_pretrained(tmp_path / "fresh")
     assert load_file(tmp_path / "fresh" / "model.safetensors").keys() == saved.keys()
+    assert {name for name in saved if name.endswith(".query")} == {
+        n for n in fresh.state_dict() if n.endswith(".query")
+    }
     with torch.no_grad():
         reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "fresh")
-        torch.testing.assert_close(reloaded(**tokens).logits, model(**tokens).logits, rtol=0, atol=1e-5)
+        torch.testing.assert_close(reloaded(**tokens).logits, fresh(**tokens).logits, rtol=0, atol=1e-5)
 
 
 @torch.no_grad()
