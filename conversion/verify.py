@@ -2,6 +2,7 @@
 """Verify: does a retrofit compute what its base computes?"""
 
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass
 from math import nan
 from pathlib import Path
@@ -134,9 +135,13 @@ def _logits(checkpoint: Checkpoint) -> list["torch.Tensor"]:
 
     architecture = (checkpoint.config.get("architectures") or ["ForCausalLM"])[0]
     auto_class = AutoModelForCausalLM if architecture.endswith("ForCausalLM") else AutoModel
-    # Quantised weights come in a dtype of their own
-    quantised = "quantization_config" in checkpoint.config
-    model = auto_class.from_pretrained(checkpoint.folder, dtype="auto" if quantised else torch.float32).float().eval()
+    model = auto_class.from_pretrained(checkpoint.folder, dtype=torch.float32).eval()
+    if getattr(model, "is_quantized", False):
+        # Kernels for quantised weights may round what they are given too
+        with suppress(NotImplementedError):
+            model = model.dequantize()
+    if not getattr(model, "is_quantized", False):
+        model = model.float()
     generator = torch.Generator().manual_seed(0)
     longest = min(max(LENGTHS), model.config.max_position_embeddings)
     tokens = torch.randint(model.config.vocab_size, (len(LENGTHS), longest), generator=generator)
