@@ -2,6 +2,7 @@
 """Verify: does a retrofit compute what its base computes?"""
 
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass
 from math import nan
 from pathlib import Path
@@ -133,11 +134,14 @@ def _logits(checkpoint: Checkpoint) -> list["torch.Tensor"]:
 
     architecture = (checkpoint.config.get("architectures") or ["ForCausalLM"])[0]
     auto_class = AutoModelForCausalLM if architecture.endswith("ForCausalLM") else AutoModel
-    # Quantised weights come in a dtype of their own
-    quantised = "quantization_config" in checkpoint.config
-    dtype = "auto" if quantised else torch.float32
     # Never a pickle, whatever else lies in the folder
-    model = auto_class.from_pretrained(checkpoint.folder, dtype=dtype, use_safetensors=True).float().eval()
+    model = auto_class.from_pretrained(checkpoint.folder, dtype=torch.float32, use_safetensors=True).eval()
+    if getattr(model, "is_quantized", False):
+        # Kernels for quantised weights may round what they are given too
+        with suppress(NotImplementedError):
+            model = model.dequantize()
+    if not getattr(model, "is_quantized", False):
+        model = model.float()
     generator = torch.Generator().manual_seed(0)
     longest = min(max(LENGTHS), model.config.max_position_embeddings)
     tokens = torch.randint(model.config.vocab_size, (len(LENGTHS), longest), generator=generator)

@@ -177,6 +177,15 @@ class AttnResPreTrainedModel(PreTrainedModel):
         super().__init__(config, *args, **kwargs)
         self.use_base_checkpoint_layout()
 
+    @property
+    def supports_pp_plan(self):
+        """vLLM asks for this when it is about to cut a model into pipeline stages, and would go on after a `False`."""
+        raise NotImplementedError(
+            "AttnRes models cannot be cut into pipeline stages: a stage hands one tensor of `hidden_size` to the next, "
+            "but depth attention needs all earlier block sums. Use tensor parallelism in place of pipeline parallelism "
+            "(vLLM: `--tensor-parallel-size N --pipeline-parallel-size 1`)."
+        )
+
     def use_base_checkpoint_layout(self):
         """
         Some bases keep their weights otherwise on disk than in memory, for instance each expert by itself. transformers

@@ -105,5 +105,7 @@ def streaming_depth_attention(
     shape = sources[0].shape
     factor = len(sources) if scale == "sum" else 1
     flat_sources = [source.reshape(-1, shape[-1]) for source in sources]
-    output, _, _ = StreamingDepthAttention.apply(query, key_norm, factor, eps, *flat_sources)
+    # Without gradients there is nothing to keep, and a compiler with dynamic shapes mistakes what `apply` is given
+    attend = StreamingDepthAttention.apply if torch.is_grad_enabled() else StreamingDepthAttention.forward
+    output, _, _ = attend(query, key_norm, factor, eps, *flat_sources)
     return output.view(shape)

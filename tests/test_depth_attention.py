@@ -188,6 +188,19 @@ def test_the_module_computes_the_formula_for_few_and_for_many_tokens(shape, scal
     assert ("StreamingDepthAttention" in str(output.grad_fn.next_functions)) == (shape[1] == 700)
 
 
+@pytest.mark.parametrize("gradients", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+@each_operator
+def test_compiles_for_any_number_of_tokens(attend, gradients):
+    """As vLLM compiles, once for all: without gradients, the number of tokens a symbol."""
+    compiled = torch.compile(attend, fullgraph=True, dynamic=True, backend="aot_eager")
+    for length in (5, 9):
+        query, key_norm, *sources = inputs(3, shape=(1, length, 16))
+        with gradients():
+            output = compiled(query, key_norm, tuple(sources), "sum", EPS)
+        expected = formula(query, key_norm, *sources, scale="sum")
+        torch.testing.assert_close(output.double(), expected, rtol=1e-5, atol=1e-4)
+
+
 @pytest.fixture
 def fla_is_imported_anew():
     fused_kernel.cache_clear()

@@ -1,0 +1,108 @@
+"""Judges checkpoints by lm-eval, question by question: a retrofit next to its base.
+
+    python examples/evaluation/evaluate.py BASE ATTNRES --include bigbench-tasks
+    python examples/evaluation/evaluate.py BASE --include bigbench-tasks --tasks bigbench    # which tasks it is good at
+    python examples/evaluation/evaluate.py BASE ATTNRES --tasks mmlu gsm8k                   # where a hub is reachable
+
+Without `--tasks` it takes those of `yardstick.txt`, at which SmolLM2-135M-Instruct is better than chance. Prints the
+accuracies, and on how many questions each checkpoint chooses as the first one does. By lm-eval's own command:
+
+    lm_eval --model hf --model_args pretrained=ATTNRES,trust_remote_code=True --tasks mmlu gsm8k
+"""
+
+import argparse
+import json
+import math
+import platform
+from pathlib import Path
+
+import lm_eval
+import torch
+import transformers
+from lm_eval.tasks import TaskManager
+
+
+YARDSTICK = Path(__file__).with_name("yardstick.txt")
+
+
+def evaluate(checkpoint: str, tasks: list[str], include: str | None, limit: int | None, batch_size: str) -> dict:
+    """lm-eval's results, with each question's answers under `samples`."""
+    return lm_eval.simple_evaluate(
+        model="hf",
+        model_args={"pretrained": checkpoint, "trust_remote_code": True, "dtype": "float32"},
+        tasks=tasks,
+        task_manager=TaskManager(include_path=include),
+        limit=limit,
+        batch_size=batch_size,
+        device="cuda" if torch.cuda.is_available() else "cpu",
+        bootstrap_iters=0,
+    )
+
+
+def choice(sample: dict):
+    """What was chosen: the most likely choice's number or, where text is generated, that text."""
+    answers = sample["filtered_resps"]
+    if len(answers) == 1:
+        return answers[0]
+    return max(range(len(answers)), key=lambda number: answers[number][0])
+
+
+def accuracy(samples: list[dict]) -> float:
+    metric = next(name for name in ("acc", "exact_match") if name in samples[0])
+    return sum(sample[metric] for sample in samples) / len(samples)
+
+
+def chance(samples: list[dict]) -> float:
+    return sum(1 / len(sample["resps"]) if len(sample["resps"]) > 1 else 0 for sample in samples) / len(samples)
+
+
+def better_than_chance(samples: list[dict]) -> bool:
+    """By two standard errors of guessing."""
+    guess = chance(samples)
+    return accuracy(samples) > guess + 2 * math.sqrt(guess * (1 - guess) / len(samples))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoints", nargs="+", help="folders or Hub ids; the others are compared with the first")
+    parser.add_argument("--include", help="folder of local tasks, as bigbench_tasks.py writes it")
+    parser.add_argument("--tasks", nargs="+", help="tasks, groups or tags of lm-eval (default: those of yardstick.txt)")
+    parser.add_argument("--limit", type=int, help="questions of each task")
+    parser.add_argument("--batch-size", default="16")
+    parser.add_argument("--output", type=Path, help="JSON file for the accuracies")
+    args = parser.parse_args()
+
+    tasks = args.tasks or YARDSTICK.read_text().split()
+    samples = {}
+    for checkpoint in args.checkpoints:
+        samples[checkpoint] = evaluate(checkpoint, tasks, args.include, args.limit, args.batch_size)["samples"]
+    first, *others = args.checkpoints
+
+    print(platform.machine(), f"torch {torch.__version__}, transformers {transformers.__version__}", sep=", ", end=", ")
+    print(f"lm-eval {lm_eval.__version__}\n")
+    print("| task | questions | chance |", *(f" {Path(checkpoint).name} |" for checkpoint in args.checkpoints), sep="")
+    print("|---|---|---|", "---|" * len(args.checkpoints), sep="")
+    for task, answers in sorted(samples[first].items()):
+        row = [f"{accuracy(samples[checkpoint][task]):.3f}" for checkpoint in args.checkpoints]
+        print(f"| {task} | {len(answers)} | {chance(answers):.3f} |", *(f" {cell} |" for cell in row), sep="")
+
+    good = [task for task, answers in sorted(samples[first].items()) if better_than_chance(answers)]
+    print(f"\n{first} is better than chance, by two standard errors, at {len(good)} of {len(samples[first])} tasks.")
+    for other in others:
+        pairs = [
+            (choice(a), choice(b))
+            for task, answers in samples[first].items()
+            for a, b in zip(answers, samples[other][task])
+        ]
+        same = sum(a == b for a, b in pairs)
+        print(f"{other} chooses as {first} does on {same} of {len(pairs)} questions.")
+    if args.output:
+        accuracies = {
+            checkpoint: {task: accuracy(answers) for task, answers in own.items()}
+            for checkpoint, own in samples.items()
+        }
+        args.output.write_text(json.dumps({"accuracy": accuracies, "better_than_chance": good}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

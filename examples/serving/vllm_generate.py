@@ -1,0 +1,70 @@
+"""Greedy tokens by vLLM, for checkpoints with AttnRes or without. To be run by the Python of vLLM's environment.
+
+    $ATTNRES_VLLM_PYTHON examples/serving/vllm_generate.py jobs.json results.json
+
+`jobs.json` is a list of objects with `model` (a folder), `prompts` (lists of token ids), `max_tokens` and `options`
+(what `vllm.LLM` takes). The prompts of a job are given twice, so that the second time finds them in the prefix cache.
+`results.json` has for each job the `tokens` of both passes and how many `cached` ones the second found, or an `error`.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+
+# Only what is on this disk; and a small cache, as for small models
+os.environ.update({"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"})
+OPTIONS = {
+    "trust_remote_code": True,
+    "model_impl": "transformers",
+    "dtype": "float32",
+    "skip_tokenizer_init": True,
+    "gpu_memory_utilization": 0.3,
+    "disable_log_stats": True,
+}
+
+
+def engine(model: str, **options):
+    from vllm import LLM
+
+    if options.get("tensor_parallel_size", 1) * options.get("pipeline_parallel_size", 1) == 2:
+        # Each process gets a core of its own
+        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "0|1"
+    return LLM(model, **{**OPTIONS, **options})
+
+
+def generate(llm, prompts: list[list[int]], max_tokens: int) -> list:
+    from vllm import SamplingParams
+
+    parameters = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True, detokenize=False)
+    return llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], parameters, use_tqdm=False)
+
+
+def run(job: dict) -> dict:
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    llm = None
+    try:
+        llm = engine(job["model"], **job["options"])
+        passes = [generate(llm, job["prompts"], job["max_tokens"]) for _ in range(2)]
+    except Exception as error:  # noqa: BLE001  one model of a list may be one that vLLM does not take
+        return {"error": f"{type(error).__name__}: {error}"}
+    finally:
+        if llm is not None:
+            llm.llm_engine.engine_core.shutdown()
+        cleanup_dist_env_and_memory()
+    return {
+        "tokens": [[list(output.outputs[0].token_ids) for output in outputs] for outputs in passes],
+        "cached": sum(output.num_cached_tokens for output in passes[1]),
+    }
+
+
+def main():
+    jobs, results = map(Path, sys.argv[1:])
+    results.write_text(json.dumps([run(job) for job in json.loads(jobs.read_text())]))
+
+
+# vLLM starts processes that import this file
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+"""A decoding step as a program of its own: by `torch.export`, and in ONNX by transformers' exporter."""
+
+import pytest
+import torch
+from conftest import attnres_of, randomise_depth_attention, tiny_base
+from transformers import DynamicCache
+from transformers.integrations.executorch import TorchExportableModuleWithStaticCache
+
+from modeling_attnres.modeling_attnres import CACHE_NAME
+
+
+@pytest.fixture(params=["block", "full"])
+def model(request):
+    base = tiny_base("llama")
+    return randomise_depth_attention(attnres_of(base, attn_res_type=request.param, attn_res_block_size=2))
+
+
+def test_an_exported_decoding_step_gives_the_same_logits(model):
+    tokens = torch.randint(1, 99, (1, 9), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = model(tokens).logits[0]
+    model.generation_config.use_cache = True
+    model.generation_config.cache_implementation = "static"
+    step = TorchExportableModuleWithStaticCache(model, batch_size=1, max_cache_len=16)
+    example = {"input_ids": tokens[:, :1], "cache_position": torch.tensor([0])}
+    with torch.no_grad():
+        exported = torch.export.export(step, args=(), kwargs=example, strict=False).module()
+        for position in range(tokens.shape[1]):
+            token = tokens[:, position : position + 1]
+            logits = exported(input_ids=token, cache_position=torch.tensor([position]))
+            torch.testing.assert_close(logits[0, 0], expected[position], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("model", ["block"], indirect=True)
+def test_a_decoding_step_in_onnx_gives_the_same_logits(model, tmp_path):
+    for package in ("onnx", "onnxscript", "onnxruntime", "transformers.exporters"):
+        pytest.importorskip(package)
+    from onnxruntime import InferenceSession
+    from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
+
+    tokens = torch.randint(1, 99, (1, 9), generator=torch.Generator().manual_seed(0))
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        expected = model(tokens).logits[:, -1:]
+        model(tokens[:, :-1], **{CACHE_NAME: cache}, use_cache=True)
+        inputs = {"input_ids": tokens[:, -1:], CACHE_NAME: cache, "use_cache": True}
+        OnnxExporter().export(model, inputs, config=OnnxConfig()).save_pretrained(tmp_path)
+    session = InferenceSession(tmp_path / "model.onnx")
+    states = [state for layer in cache.layers for state in (layer.keys, layer.values)]
+    names = [value.name for value in session.get_inputs()]
+    logits = session.run(["logits"], {n: t.numpy() for n, t in zip(names, [tokens[:, -1:], *states], strict=True)})[0]
+    torch.testing.assert_close(torch.from_numpy(logits), expected, rtol=0, atol=1e-5)

@@ -1,0 +1,52 @@
+"""A retrofit of a base that a real quantiser has quantised."""
+
+import pytest
+import torch
+from conftest import tiny_base
+from safetensors.torch import load_file
+from test_conversion import new_shard, tensor_hashes
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
+
+from attnres_conversion import retrofit, revert, verify
+
+
+SHAPE = {"hidden_size": 64, "intermediate_size": 128, "attention_bias": False, "mlp_bias": False}
+
+
+def int8_weight_only():
+    from torchao.quantization import Int8WeightOnlyConfig
+
+    return TorchAoConfig(Int8WeightOnlyConfig())
+
+
+QUANTISERS = {
+    "bitsandbytes int8": ("bitsandbytes", lambda: BitsAndBytesConfig(load_in_8bit=True)),
+    "bitsandbytes nf4": ("bitsandbytes", lambda: BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")),
+    "torchao int8": ("torchao", int8_weight_only),
+}
+
+
+@pytest.mark.parametrize("name", QUANTISERS)
+def test_a_retrofit_of_a_quantised_base(name, tmp_path):
+    package, config = QUANTISERS[name]
+    pytest.importorskip(package)
+    tiny_base("llama", **SHAPE, tie_word_embeddings=False).save_pretrained(tmp_path / "float")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "float", quantization_config=config(), dtype=torch.float32)
+    base.save_pretrained(tmp_path / "base")
+
+    output = retrofit(tmp_path / "base", tmp_path / "attnres")
+    base_hashes, hashes = tensor_hashes(tmp_path / "base"), tensor_hashes(output)
+    assert {tensor: hashes[tensor] for tensor in base_hashes} == base_hashes
+    assert {tensor.dtype for tensor in load_file(new_shard(output)).values()} == {torch.float32}
+
+    base, model = (AutoModelForCausalLM.from_pretrained(folder) for folder in (tmp_path / "base", output))
+    assert type(model.model.layers[1].mlp.up_proj) is type(base.model.layers[1].mlp.up_proj)
+    assert {p.dtype for n, p in model.named_parameters() if n.endswith(("_res.query", "_res.key_norm"))} == {base.dtype}
+    tokens = torch.arange(1, 15)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens).logits, base(tokens).logits, rtol=0, atol=1e-4)
+    options = {"max_new_tokens": 16, "do_sample": False}
+    assert torch.equal(model.generate(tokens, **options), base.generate(tokens, **options))
+    assert verify(tmp_path / "base", output).passed
+    revert(output, tmp_path / "reverted")
+    assert tensor_hashes(tmp_path / "reverted") == base_hashes

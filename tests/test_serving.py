@@ -1,0 +1,108 @@
+"""What transformers serves and runs by itself: `transformers serve` and `chat`, pipelines, assisted generation."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import randomise_depth_attention
+from server import chat, served
+from test_examples import EXAMPLES
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from attnres_conversion import retrofit
+
+
+QUESTIONS = ["Name three colours of the rainbow.", "What is the capital of France?"]
+MAX_TOKENS = 16
+
+
+@pytest.fixture(scope="module")
+def trained_folder(smollm2_folder, tmp_path_factory):
+    """SmolLM2-135M-Instruct retrofitted, with queries as after training."""
+    folder = tmp_path_factory.mktemp("trained")
+    model = AutoModelForCausalLM.from_pretrained(retrofit(smollm2_folder, folder / "attnres", link=True))
+    randomise_depth_attention(model, scale=0.002).save_pretrained(folder / "trained")
+    AutoTokenizer.from_pretrained(smollm2_folder).save_pretrained(folder / "trained")
+    return folder / "trained"
+
+
+def load(folder):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+def chat_inputs(folder, question):
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    messages = [{"role": "user", "content": question}]
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+
+
+def greedy(model, inputs, **options):
+    tokens = model.generate(**inputs, max_new_tokens=MAX_TOKENS, do_sample=False, **options)
+    return tokens[0, inputs["input_ids"].shape[1] :]
+
+
+@pytest.fixture(scope="module")
+def expected(trained_folder, smollm2_folder):
+    """What `generate` answers, by question; the base answers otherwise."""
+    tokenizer = AutoTokenizer.from_pretrained(trained_folder)
+    texts, base_texts = (
+        {
+            question: tokenizer.decode(greedy(model, chat_inputs(folder, question)), skip_special_tokens=True)
+            for question in QUESTIONS
+        }
+        for folder, model in ((folder, load(folder)) for folder in (trained_folder, smollm2_folder))
+    )
+    assert all(texts[question] != base_texts[question] for question in QUESTIONS)
+    return texts
+
+
+def test_transformers_serve_and_chat(trained_folder, expected, tmp_path):
+    for package in ("fastapi", "uvicorn", "openai"):
+        pytest.importorskip(package, reason="`pip install transformers[serving]` brings what a server needs")
+    options = ("--dtype", "float32", "--device", "cpu")
+    with served(
+        sys.executable,
+        EXAMPLES / "serving" / "transformers_serve.py",
+        *options,
+        log=tmp_path / "log",
+        HF_HOME=str(tmp_path),
+    ) as url:
+        for question, text in expected.items():
+            assert chat(url, trained_folder, question, MAX_TOKENS) == text
+            assert chat(url, trained_folder, question, MAX_TOKENS, stream=True) == text
+        flags = ("do_sample=False", f"max_new_tokens={MAX_TOKENS}")
+        session = subprocess.run(
+            [sys.executable, "-m", "transformers.cli.transformers", "chat", trained_folder, url, *flags],
+            input=f"{QUESTIONS[0]}\n!exit\n",
+            capture_output=True,
+            text=True,
+            timeout=120,
+            # Offline it would not ask a server of its own machine either
+            env={**os.environ, "COLUMNS": "1000", "HF_HUB_OFFLINE": "0"},
+        )
+        assert expected[QUESTIONS[0]].split("\n")[0].strip() in session.stdout, session.stdout + session.stderr
+
+
+def test_pipeline(trained_folder, expected):
+    from transformers import pipeline
+
+    generator = pipeline("text-generation", str(trained_folder), trust_remote_code=True, dtype=torch.float32)
+    for question, text in expected.items():
+        messages = [{"role": "user", "content": question}]
+        answer = generator(messages, max_new_tokens=MAX_TOKENS, do_sample=False)[0]["generated_text"][-1]
+        assert answer == {"role": "assistant", "content": text}
+
+
+@pytest.mark.parametrize("retrofit_is", ["target", "draft"])
+def test_assisted_generation(trained_folder, smollm2_folder, retrofit_is):
+    """The draft proposes, the target decides: greedy, the target's own tokens."""
+    trained, base = load(trained_folder), load(smollm2_folder)
+    target, draft = (trained, base) if retrofit_is == "target" else (base, trained)
+    drafted = []
+    draft.register_forward_hook(lambda *_: drafted.append(1))
+    for question in QUESTIONS:
+        inputs = chat_inputs(smollm2_folder, question)
+        assert torch.equal(greedy(target, inputs, assistant_model=draft), greedy(target, inputs))
+    assert drafted

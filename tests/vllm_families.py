@@ -1,0 +1,69 @@
+"""The families on vLLM's Transformers backend: the README's table.
+
+    ATTNRES_VLLM_PYTHON=/tmp/vllm/bin/python python tests/vllm_families.py [FAMILY ...]
+
+A small random base of each family and its retrofit, with random queries, are served; greedy tokens are compared with
+those of `generate`. Where vLLM does not take the base, the reason is its own.
+"""
+
+import sys
+import tempfile
+from pathlib import Path
+
+import conftest
+import torch
+from vllm_environment import job, run_jobs
+
+
+# vLLM's attention on a CPU wants heads of 32, and latent attention in DeepSeek's own sizes
+SIZES = {
+    **{"vocab_size": 128, "hidden_size": 128, "intermediate_size": 128, "moe_intermediate_size": 64, "head_dim": 32},
+    **{"kv_lora_rank": 512, "q_lora_rank": 32, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128},
+    **{"linear_head_dim": 32, "linear_key_head_dim": 32, "linear_value_head_dim": 32},
+    "shared_expert_intermediate_size": 64,
+}
+OPTIONS = {"enforce_eager": True, "max_model_len": 128, "max_num_batched_tokens": 128, "max_num_seqs": 4}
+MAX_TOKENS = 12
+
+
+def larger(family: str) -> dict:
+    """The tests' fields of a family, in sizes that vLLM takes."""
+    fields = {**conftest.TINY, **conftest.FAMILIES[family]}
+    return {name: SIZES[name] for name, value in fields.items() if name in SIZES and value is not None}
+
+
+def greedy(model, prompts):
+    options = {"max_new_tokens": MAX_TOKENS, "do_sample": False}
+    return [model.generate(torch.tensor([p]), **options)[0, len(p) :].tolist() for p in prompts]
+
+
+def cell(result: dict, expected: list[list[int]]) -> str:
+    if "error" in result:
+        return f"no: {result['error'].splitlines()[0][:100]}"
+    return "yes" if result["tokens"] == [expected, expected] else "other tokens"
+
+
+def main():
+    families = sys.argv[1:] or sorted(conftest.FAMILIES)
+    generator = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(1, 99, (length,), generator=generator).tolist() for length in (5, 40, 17)]
+    with tempfile.TemporaryDirectory() as work:
+        jobs, expected = [], []
+        for family in families:
+            base = conftest.tiny_base(family, **larger(family))
+            model = conftest.randomise_depth_attention(conftest.attnres_of(base, attn_res_block_size=2))
+            for kind, own in (("base", base), ("attnres", model)):
+                own.save_pretrained(Path(work) / family / kind)
+                jobs.append(job(Path(work) / family / kind, prompts, MAX_TOKENS, **OPTIONS))
+                expected.append(greedy(own, prompts))
+        # One process for all engines: starting one takes longer than what it has to do
+        results, log = run_jobs(jobs, Path(work), timeout=3600, VLLM_ENABLE_V1_MULTIPROCESSING="0")
+    print(log, file=sys.stderr)
+    cells = [cell(result, tokens) for result, tokens in zip(results, expected)]
+    print("| `base_model_type` | base served | retrofit served |\n|---|---|---|")
+    for number, family in enumerate(families):
+        print(f"| `{family}` | {cells[2 * number]} | {cells[2 * number + 1]} |")
+
+
+if __name__ == "__main__":
+    main()
