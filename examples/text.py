@@ -25,21 +25,27 @@ def token_blocks(files: list[str], tokenizer: PreTrainedTokenizerBase, length: i
     Cuts text files into blocks of `length` tokens, with an end-of-text token after each file.
 
     Returns:
-        `tuple[Dataset, Dataset]`: blocks to train on and, from the last tenth of the text, blocks to evaluate on. Both
-        have `input_ids` and `labels`.
+        `tuple[Dataset, Dataset]`: blocks to train on and, from each tenth file (of fewer: from the end of the text),
+        blocks to evaluate on. Both have `input_ids` and `labels`.
     """
     end_of_text = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    stream = []
-    for file in tqdm(files, desc="Tokenizing", delay=1):
-        # The blocks are cut here, so a text longer than the model's context is no cause for a warning
-        text = Path(file).read_text(encoding="utf-8")
-        stream += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] + end_of_text
-    blocks = [stream[i : i + length] for i in range(0, len(stream) - length + 1, length)]
-    if len(blocks) < 10:
+
+    def cut(files):
+        stream = []
+        for file in tqdm(files, desc="Tokenizing", delay=1):
+            # The blocks are cut here, so a text longer than the model's context is no cause for a warning
+            text = Path(file).read_text(encoding="utf-8")
+            stream += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] + end_of_text
+        return [stream[i : i + length] for i in range(0, len(stream) - length + 1, length)]
+
+    held_out = cut(files[9::10])
+    blocks = cut([file for number, file in enumerate(files) if number % 10 != 9])
+    if not held_out:
+        blocks, held_out = blocks[: -len(blocks) // 10], blocks[-len(blocks) // 10 :]
+    if not blocks or not held_out:
         raise ValueError(
-            f"{len(files)} text files make {len(blocks)} blocks of {length} tokens, but it takes 10 to hold one out: "
-            "give more text or a smaller block length."
+            f"{len(files)} text files do not make two blocks of {length} tokens, one of them to hold out: give more "
+            "text or a smaller block length."
         )
-    dataset = Dataset.from_dict({"input_ids": blocks, "labels": blocks}).with_format("torch")
-    first_held_out = len(blocks) - len(blocks) // 10
-    return dataset.select(range(first_held_out)), dataset.select(range(first_held_out, len(blocks)))
+    train, evaluation = (Dataset.from_dict({"input_ids": rows, "labels": rows}) for rows in (blocks, held_out))
+    return train.with_format("torch"), evaluation.with_format("torch")

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 from peft import PeftModel
+from text import token_blocks
+from train_base import train_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
@@ -26,6 +28,26 @@ def texts(folder, real_text):
     for file in files:
         file.write_text(real_text)
     return files
+
+
+def test_blocks_of_any_number_of_texts(tmp_path):
+    tokenizer = train_tokenizer([__file__], vocab_size=300)
+    files = [tmp_path / f"{number}.txt" for number in range(20)]
+    for number, file in enumerate(files):
+        file.write_text(f"{number} " * 40)
+
+    def words(blocks):
+        return set(tokenizer.decode(sum((row["input_ids"].tolist() for row in blocks), [])).split())
+
+    train, held_out = token_blocks(files, tokenizer, 8)
+    assert {"9", "19"} <= words(held_out) and not {"9", "19"} & words(train)
+    # Of one file the end is held out
+    train, held_out = token_blocks(files[:1], tokenizer, 8)
+    assert len(held_out) == -(-(len(train) + len(held_out)) // 10)
+    tokenizer.eos_token = None
+    assert words(token_blocks(files[:2], tokenizer, 8)[1]) == {"1"}
+    with pytest.raises(ValueError, match="1 text files do not make two blocks of 400 tokens.*give more text"):
+        token_blocks(files[:1], tokenizer, 400)
 
 
 def test_quickstart(smollm2_folder, real_text, tmp_path):
