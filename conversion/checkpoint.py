@@ -28,6 +28,8 @@ CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 SINGLE_SHARD = "model.safetensors"
 TOKENIZER_CONFIG = "tokenizer_config.json"
+# What older tokenizers kept apart from it, and transformers adds to it
+SPECIAL_TOKENS = "special_tokens_map.json"
 # The base's own files that a retrofit replaces, kept so that `revert` gives them back to the byte
 REPLACED = "attnres_base"
 
@@ -90,8 +92,9 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     refuse_links_out_of(folder)
     config = read_json(folder / CONFIG)
     check_config(config, folder / CONFIG)
-    if (folder / TOKENIZER_CONFIG).is_file():
-        check_tokenizer_config(read_json(folder / TOKENIZER_CONFIG), folder / TOKENIZER_CONFIG)
+    for name in (TOKENIZER_CONFIG, SPECIAL_TOKENS):
+        if (folder / name).is_file():
+            check_tokenizer_config(read_json(folder / name), folder / name)
     if (folder / "adapter_config.json").exists():
         raise ValueError(
             f"{folder} holds a PEFT adapter (adapter_config.json) beside its weights, which transformers would "
@@ -104,7 +107,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         weight_map = read_weight_map(folder / INDEX)
         shards = sorted(set(weight_map.values()))
         for shard in shards:
-            if Path(shard).name != shard or not (folder / shard).is_file():
+            if not (folder / shard).is_file():
                 raise FileNotFoundError(f"{folder / INDEX} names the shard {shard!r}, which is not in the folder.")
         files = {shard: read_shard(folder / shard) for shard in shards}
         for name, shard in weight_map.items():
@@ -160,6 +163,10 @@ def read_weight_map(index: Path) -> dict[str, str]:
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
         raise ValueError(f"{index} has no `weight_map` from tensor names to file names.")
+    for shard in weight_map.values():
+        # What is written goes by these names too
+        if Path(shard).name != shard or not shard.endswith(".safetensors"):
+            raise FileNotFoundError(f"{index} names the shard {shard!r}, which is not in the folder.")
     return weight_map
 
 

@@ -104,8 +104,8 @@ def inspect_checkpoint(
 
     Raises:
         `FileNotFoundError`: as for [`retrofit`].
-        `ValueError`: not an AttnRes causal language model, no tokenizer, a text of less than two tokens, or a base of
-            another shape.
+        `ValueError`: not an AttnRes causal language model, no tokenizer, a text of less than two tokens, a base of
+            another shape, or a model that has diverged.
     """
     import torch
 
@@ -126,6 +126,8 @@ def inspect_checkpoint(
     sublayers, sources = model.config.depth_attention_names, model.config.depth_source_names
     with torch.no_grad():
         output = model(input_ids, labels=input_ids, output_depth_attentions=True)
+        if not all(tensor.isfinite().all() for tensor in (output.loss, *output.depth_attentions)):
+            raise ValueError(f"{files.folder} computes a loss or weights that are not finite: it has diverged.")
         weights = torch.full((len(sublayers), len(tokens), len(sources)), torch.nan)
         for row, recorded in zip(weights, output.depth_attentions):
             row[:, : recorded.shape[-1]] = recorded[0]

@@ -1,6 +1,7 @@
 # Copyright 2026 The modeling_attnres authors. Licensed under the Apache License, Version 2.0.
 """Retrofit: a base checkpoint becomes an AttnRes checkpoint that computes the same."""
 
+import os
 import re
 import shlex
 import warnings
@@ -83,7 +84,7 @@ def retrofit(
     config, config_json, tensors = _plan(base, attn_res)
     tokenizer_config, tokenizer_class = _tokenizer_config(base), _tokenizer_class(base)
     card_metadata = _card_metadata(base)
-    base_name = Path(source).name if Path(source).is_dir() else source
+    base_name = Path(os.path.abspath(source)).name if Path(source).is_dir() else source
     ours = {CONFIG, INDEX, "README.md"}
     if tokenizer_class is not None and tokenizer_config:
         tokenizer_config["tokenizer_class"] = tokenizer_class

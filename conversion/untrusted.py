@@ -9,6 +9,7 @@ from typing import Any
 
 # Far more than any configuration has, and few enough for whatever walks through it
 _DEEPEST_JSON = 100
+_MOST_LABELS = 100_000
 
 
 def refuse_links_out_of(folder: Path) -> None:
@@ -35,6 +36,10 @@ def check_config(config: Any, path: Path) -> None:
         raise ValueError(f"`architectures` of {path} is {architectures!r}, but it has to be a list of class names.")
     if auto_map is not None and not isinstance(auto_map, dict):
         raise ValueError(f"`auto_map` of {path} is {auto_map!r}, but it has to map Auto classes to class names.")
+    labels = config.get("num_labels")
+    if isinstance(labels, int) and not 0 <= labels <= _MOST_LABELS:
+        # transformers writes a name down for each
+        raise ValueError(f"`num_labels` of {path} is {labels}, but at most {_MOST_LABELS} are taken.")
     for name in ("attn_implementation", "experts_implementation"):
         for field in (name, f"_{name}", f"_{name}_internal"):
             # As in owner/name: transformers would fetch such a kernel from the Hub and run it

@@ -37,7 +37,10 @@ class DepthAttentionCallback(TrainerCallback):
 
     def __init__(self, trainer: Trainer, per_sublayer: bool = False):
         if not any(isinstance(module, DepthAttention) for module in trainer.model.modules()):
-            raise ValueError(f"The trainer's model is a {type(trainer.model).__name__}, which has no depth attention.")
+            raise ValueError(
+                f"The trainer's model is a {type(trainer.model).__name__}, which has no depth "
+                "attention; of remote code, import modeling_attnres before you load it."
+            )
         self.trainer = trainer
         self.per_sublayer = per_sublayer
         self.inputs = {}
@@ -57,6 +60,8 @@ class DepthAttentionCallback(TrainerCallback):
             self.log()
             # Logging takes it back, and Trainer has its own numbers to log yet
             control.should_log = True
+
+    on_epoch_end = on_step_end
 
     def log(self) -> None:
         """Measures, and hands the numbers to Trainer."""
@@ -79,10 +84,20 @@ class DepthAttentionCallback(TrainerCallback):
         model = self.trainer.model_wrapped
         was_training = model.training
         model.eval()
+        # Of the modules that are called: PEFT keeps others beside them
+        norms = []
+        hooks = [
+            module.register_forward_pre_hook(lambda module, _: norms.append(module.query.float().norm().item()))
+            for module in model.modules()
+            if isinstance(module, DepthAttention)
+        ]
         weights = model(**self.inputs, output_depth_attentions=True)["depth_attentions"]
+        for hook in hooks:
+            hook.remove()
         model.train(was_training)
         mask = self.inputs.get("attention_mask", torch.ones_like(weights[0][..., 0])).bool()
+        # Prompt tuning puts virtual tokens before the batch's
+        weights = [w[:, -mask.shape[1] :] for w in weights]
         entropies = [(w.xlogy(w).sum(-1) / -torch.tensor(w.shape[-1]).log())[mask].mean().item() for w in weights]
-        queries = [module.query for module in model.modules() if isinstance(module, DepthAttention)]
         config = self.trainer.accelerator.unwrap_model(model).config
-        return config.depth_attention_names, entropies, [query.float().norm().item() for query in queries]
+        return config.depth_attention_names, entropies, norms

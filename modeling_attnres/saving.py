@@ -5,30 +5,40 @@ from contextlib import suppress
 from functools import wraps
 from pathlib import Path
 
+from huggingface_hub import ModelCard
 from transformers import PreTrainedConfig
 from transformers.utils import cached_file
+from yaml import YAMLError
 
 from .model_card import PLACEHOLDER, card_metadata, model_card
 from .modeling_attnres import AttnResPreTrainedModel
 
 
+# Of what `push_to_hub` of transformers writes where there is no card
+TEMPLATE_TITLE = "# Model Card for Model ID"
+
 _save_pretrained = AttnResPreTrainedModel.save_pretrained
 
 
 @wraps(_save_pretrained)
-def save_pretrained(self, save_directory: str, *args, **kwargs):
-    _save_pretrained(self, save_directory, *args, **kwargs)
-    # What the base is and its licence are known from the card beside the weights alone
-    card = Path(save_directory) / "README.md"
-    if kwargs.get("is_main_process", True) and Path(self.name_or_path, "README.md").is_file() and not card.exists():
-        card.write_text(self.model_card(), encoding="utf-8")
+def save_pretrained(self, save_directory: str, is_main_process: bool = True, **kwargs):
+    # Read first: the folder may be the one it was loaded from, and pushing writes a template there
+    card = self.model_card()
+    _save_pretrained(self, save_directory, is_main_process, **kwargs)
+    path = Path(save_directory) / "README.md"
+    if is_main_process and self.name_or_path and not path.exists():
+        # What the base is and its licence are known from the card beside the weights alone
+        path.write_text(card, encoding="utf-8")
 
 
 def _upload_modified_files(self, working_dir: str, repo_id: str, *args, **kwargs):
-    """What `push_to_hub` calls. The card that transformers gives a new repository names no base and no licence."""
-    card = Path(working_dir) / "README.md"
-    if card_metadata(card.read_text(encoding="utf-8")).get("base_model") is None:
-        card.write_text(self.model_card(repo_id), encoding="utf-8")
+    """What `push_to_hub` calls. The template that transformers gives a new repository names no base and no licence."""
+    path = Path(working_dir) / "README.md"
+    template = path.read_text(encoding="utf-8")
+    if TEMPLATE_TITLE in template:
+        card = ModelCard(self.model_card(repo_id))
+        card.data.tags = list(dict.fromkeys([*card.data.tags, *(card_metadata(template).get("tags") or [])]))
+        path.write_text(str(card), encoding="utf-8")
     return super(AttnResPreTrainedModel, self)._upload_modified_files(working_dir, repo_id, *args, **kwargs)
 
 
@@ -43,7 +53,8 @@ def card_of_model(self, name: str = PLACEHOLDER) -> str:
         `str`: Markdown, with metadata.
     """
     base_model, metadata, source = None, {}, self.name_or_path
-    with suppress(OSError):  # it was loaded from nowhere, from what is not there any more, or from what has no card
+    # It was loaded from nowhere, from what is not there any more, or from what has no card that can be read
+    with suppress(OSError, ValueError, YAMLError):
         if PreTrainedConfig.get_config_dict(source)[0].get("model_type") != self.config.model_type:
             base_model = Path(source).name if Path(source).is_dir() else source
         metadata = card_metadata(Path(cached_file(source, "README.md")).read_text(encoding="utf-8"))

@@ -202,7 +202,7 @@ torch.save(model(torch.arange(1, 15)[None]).logits.detach(), logits)
 
 def test_a_model_pushes_itself(hub, tmp_path):
     base = save_base(tmp_path / "base")
-    card_by_hand = b"---\nbase_model: someone/base\n---\n# By hand\n"
+    card_by_hand = b"---\nlicense: mit\n---\n# By hand\n"
     hub.repositories[f"{USER}/by-hand"] = {"README.md": card_by_hand}
     arguments = (retrofit(base, tmp_path / "attnres"), tmp_path / "logits.pt", NAME, f"{USER}/by-hand")
     process = subprocess.run(
@@ -238,6 +238,10 @@ def test_the_card_of_a_model_that_was_never_saved(tmp_path):
         data = metadata((folder / "README.md").read_text())
         assert data["base_model"] == "base" and data["license"] == "apache-2.0" and data["tags"] == ["attnres"]
         output = folder
+    # A card that cannot be read stops no save
+    (output / "README.md").write_text("---\na: [\n---\n")
+    type(model).from_pretrained(output).save_pretrained(tmp_path / "unread")
+    assert "base_model" not in metadata((tmp_path / "unread" / "README.md").read_text())
     # Loaded from a base's own folder, that is its base, whatever its card names as its own
     folder = save_base(tmp_path / "a-base")
     (folder / "README.md").write_text("---\nlicense: mit\nbase_model: someone/else\n---\n")
