@@ -3,9 +3,11 @@
 import pytest
 import torch
 from conftest import attnres_of, tiny_base
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import Trainer, TrainingArguments
 
+from modeling_attnres import ATTN_RES_MODULES
 from modeling_attnres.callback import DepthAttentionCallback
 
 
@@ -89,3 +91,24 @@ def test_a_model_without_depth_attention_is_refused(tmp_path):
     trainer = Trainer(tiny_base("llama"), TrainingArguments(tmp_path, report_to="none", use_cpu=True))
     with pytest.raises(ValueError, match="is a LlamaForCausalLM, which has no depth attention"):
         DepthAttentionCallback(trainer)
+
+
+def test_the_norms_are_those_of_the_queries_that_train(tmp_path):
+    """PEFT keeps the frozen ones beside them, and virtual tokens come before the batch's."""
+    lora = LoraConfig(target_modules="all-linear", modules_to_save=ATTN_RES_MODULES)
+    model = get_peft_model(attnres_of(tiny_base("llama")), lora)
+    trainer = train(model, tmp_path, logging_strategy="epoch")
+    assert [row["step"] for row in trainer.state.log_history if "depth_attention/entropy" in row] == [0, 4, 6]
+    names, entropies, norms = next(
+        callback for callback in trainer.callback_handler.callbacks if isinstance(callback, DepthAttentionCallback)
+    ).measure()
+    trained = [p.norm().item() for name, p in model.named_parameters() if name.endswith("query") and p.requires_grad]
+    assert len(names) == len(entropies) == len(norms) == 10 and norms == pytest.approx(trained)
+
+    prompt = get_peft_model(
+        attnres_of(tiny_base("llama")), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    )
+    logged = train(prompt, tmp_path).state.log_history
+    assert [row["depth_attention/entropy"] for row in logged if "depth_attention/entropy" in row] == pytest.approx(
+        [1] * 4
+    )
