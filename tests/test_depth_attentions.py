@@ -9,8 +9,10 @@ from conftest import FAMILIES, attnres_of, randomise_depth_attention, tiny_base
 from test_heads import HEADS, base_with_head
 
 from modeling_attnres import AttnResConfig, DepthAttention
+from modeling_attnres.fused_depth_attention import fused_depth_attention
 
 
+FUSED = fused_depth_attention.__module__
 BLOCK, FULL = {"attn_res_block_size": 2}, {"attn_res_type": "full"}
 both_types = pytest.mark.parametrize("attn_res", [BLOCK, FULL], ids=["block", "full"])
 both_scales = pytest.mark.parametrize("scale", ["sum", "mean"])
@@ -97,6 +99,28 @@ def test_recorded_weights_are_the_formula_s(base, attn_res, tokens):
     output, calls = sources_and_outputs(model, **tokens, output_depth_attentions=True)
     for module, weights, (sources, _) in zip(depth_attentions_in_order(model), output.depth_attentions, calls):
         torch.testing.assert_close(weights.double(), formula(module, sources)[0], rtol=0, atol=1e-6)
+
+
+@both_types
+@torch.no_grad()
+def test_with_the_fused_operator_weights_are_fla_s(base, attn_res, tokens, monkeypatch):
+    """fla's reference in the place of its kernel, which needs a GPU: it gives its own weights too."""
+    from fla.ops.attnres import naive_attnres
+
+    theirs = []
+
+    def kernel(query, sources, key_norm, rms_eps):
+        output, weights = naive_attnres(query, sources, key_norm, rms_eps=rms_eps, return_weights=True)
+        theirs.append(weights)
+        return output
+
+    monkeypatch.setattr(f"{FUSED}.fused_kernel", lambda: kernel)
+    monkeypatch.setattr(f"{DepthAttention.__module__}.choose_implementation", lambda *_: fused_depth_attention)
+    model = trained(base, **attn_res)
+    output = model(**tokens, output_depth_attentions=True)
+    assert len(theirs) == len(output.depth_attentions) == len(NAMES)
+    for ours, weights in zip(output.depth_attentions, theirs):
+        torch.testing.assert_close(ours, weights.movedim(0, -1), rtol=0, atol=1e-5)
 
 
 @both_types
