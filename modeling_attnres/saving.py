@@ -22,12 +22,12 @@ _save_pretrained = AttnResPreTrainedModel.save_pretrained
 
 @wraps(_save_pretrained)
 def save_pretrained(self, save_directory: str, is_main_process: bool = True, **kwargs):
-    # Read first: the folder may be the one it was loaded from, and pushing writes a template there
-    card = self.model_card()
+    # What the base is and its licence are known from the card beside the weights alone. Read first: the folder may be
+    # the one it was loaded from, and pushing writes a template there
+    card = self.model_card() if is_main_process and self.name_or_path else None
     _save_pretrained(self, save_directory, is_main_process, **kwargs)
     path = Path(save_directory) / "README.md"
-    if is_main_process and self.name_or_path and not path.exists():
-        # What the base is and its licence are known from the card beside the weights alone
+    if card is not None and not path.exists():
         path.write_text(card, encoding="utf-8")
 
 
