@@ -2,6 +2,7 @@
 """Checkpoint folders: read one without loading it, fill a new one that is there whole or not at all."""
 
 import errno
+import functools
 import glob
 import json
 import os
@@ -195,7 +196,8 @@ def new_folder(output: Path, source: Path) -> Iterator[Path]:
 
     Raises:
         `FileExistsError`: `output` is there already and not an empty folder.
-        `ValueError`: `output` lies in `source`, or is the current folder.
+        `PermissionError`: nothing can be written beside `output`.
+        `ValueError`: `output` lies in `source`, is the current folder or a mount point.
     """
     taken = FileExistsError(f"The output {output} exists already and is not an empty folder.")
     # A link to a folder stays a link
@@ -204,14 +206,25 @@ def new_folder(output: Path, source: Path) -> Iterator[Path]:
         raise taken
     if target == Path.cwd():
         raise ValueError(f"The output {output} is the current folder, which cannot be replaced: name another.")
+    if os.path.ismount(target):
+        raise ValueError(f"The output {output} is a mount point, which cannot be replaced: name a folder in it.")
     if source.resolve() in target.parents:
         raise ValueError(f"The output {output} lies in the source {source}: choose a folder outside of it.")
     target.parent.mkdir(parents=True, exist_ok=True)
-    for unfinished in sorted(target.parent.glob(f".{glob.escape(target.name)}.*.partial")):
+    # A part of a long name: the whole of it and more might be too long
+    hidden = f".{target.name[:40]}"
+    for unfinished in sorted(target.parent.glob(f"{glob.escape(hidden)}.*.partial")):
         message = f"{unfinished} is what a killed run left, or one that still goes on: if none does, remove it."
         warnings.warn(message, stacklevel=4)
-    partial = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.partial"
-    partial.mkdir()
+    partial = target.parent / f"{hidden}.{uuid.uuid4().hex[:8]}.partial"
+    try:
+        partial.mkdir()
+    except PermissionError as error:
+        reason = f"{error.strerror} to write beside the output, where it is made before it has its name"
+        raise PermissionError(error.errno, reason, str(target.parent)) from error
+    if target.exists():
+        # Whom it was closed to, it stays closed to
+        shutil.copymode(target, partial)
     try:
         yield partial
         # On the disk before it has its name: a power cut must not leave one without the other
@@ -250,10 +263,10 @@ def _sync(path: Path) -> None:
 
 def check_copy(source: Checkpoint, folder: Path, names: Iterable[str]) -> None:
     """
-    Reads again what was written.
+    Reads the headers of what was written again.
 
     Raises:
-        `ValueError`: it is not whole, or lacks one of the source's tensors. Somebody wrote to the source meanwhile.
+        `ValueError`: a shard is not whole, or lacks a tensor of the source's: somebody wrote to that meanwhile.
     """
     written = read_checkpoint(folder).tensors
     tensors = source.tensors
@@ -266,7 +279,12 @@ def check_copy(source: Checkpoint, folder: Path, names: Iterable[str]) -> None:
 
 
 def place_files(pairs: list[tuple[Path, Path]], link: bool = False) -> None:
-    """Copies each first path to the second, or hard-links it. A long copy shows its progress."""
+    """
+    Copies each first path to the second, or hard-links it. A long copy shows its progress.
+
+    Raises:
+        `ValueError`: a file changed while it was copied.
+    """
     for source, target in pairs:
         target.parent.mkdir(parents=True, exist_ok=True)
         if link:
@@ -280,7 +298,14 @@ def place_files(pairs: list[tuple[Path, Path]], link: bool = False) -> None:
     size = sum(source.stat().st_size for source, _ in pairs)
     with tqdm(total=size, desc="Copying", unit="B", unit_scale=True, delay=1) as progress:
         for source, target in pairs:
-            with source.open("rb") as reader, target.open("xb") as writer:
-                while chunk := reader.read(16 * 2**20):
-                    writer.write(chunk)
-                    progress.update(len(chunk))
+            with source.open("rb") as reader:
+                before = os.fstat(reader.fileno())
+                # Open to nobody whom the source was closed to
+                create = functools.partial(os.open, mode=before.st_mode & 0o777 | 0o600)
+                with open(target, "xb", opener=create) as writer:
+                    while chunk := reader.read(16 * 2**20):
+                        writer.write(chunk)
+                        progress.update(len(chunk))
+                after = os.fstat(reader.fileno())
+            if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
+                raise ValueError(f"{source} changed while it was copied: try again when nothing writes to it.")

@@ -1,6 +1,7 @@
 # Copyright 2026 The modeling_attnres authors. Licensed under the Apache License, Version 2.0.
 """Retrofit: a base checkpoint becomes an AttnRes checkpoint that computes the same."""
 
+import copy
 import os
 import re
 import shlex
@@ -28,6 +29,7 @@ from .checkpoint import (
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedModel
 
     from modeling_attnres import AttnResConfig
 
@@ -135,27 +137,13 @@ def attn_res_tensors(checkpoint: Checkpoint, config: "AttnResConfig", architectu
     Raises:
         `ValueError`: there is no such class, or the checkpoint's tensors do not fit the configuration.
     """
-    import torch
-
     import modeling_attnres
     from modeling_attnres.configuration_attnres import AUTO_MAP
 
     path = checkpoint.folder / CONFIG
     if architecture not in {name.split(".")[1] for auto_class, name in AUTO_MAP.items() if auto_class != "AutoConfig"}:
         raise ValueError(f"`architectures` of {path} names {architecture!r}, which is no AttnRes model.")
-    try:
-        with torch.device("meta"):
-            model = getattr(modeling_attnres, architecture)(config)
-    except Exception as error:  # noqa: BLE001  as for the configuration
-        raise ValueError(f"No model can be built from {path}: {error}") from error
-    # Quantised weights have shapes of their own
-    if "quantization_config" not in checkpoint.config:
-        for name, tensor in model.state_dict().items():
-            if name in checkpoint.tensors and list(tensor.shape) != list(checkpoint.tensors[name].shape):
-                raise ValueError(
-                    f"The tensor {name!r} of {checkpoint.folder} has the shape {list(checkpoint.tensors[name].shape)}, "
-                    f"but {CONFIG} makes it {list(tensor.shape)}."
-                )
+    model = _model_without_values(checkpoint, config, getattr(modeling_attnres, architecture))
     first_values = modeling_attnres.DepthAttention(config).state_dict()
     return {
         f"{module_name}.{name}": value
@@ -163,6 +151,67 @@ def attn_res_tensors(checkpoint: Checkpoint, config: "AttnResConfig", architectu
         if isinstance(module, modeling_attnres.DepthAttention)
         for name, value in first_values.items()
     }
+
+
+def _model_without_values(
+    checkpoint: Checkpoint, config: "AttnResConfig", model_class: type["PreTrainedModel"]
+) -> "PreTrainedModel":
+    """
+    The checkpoint's model on the meta device. transformers itself loads shapes for tensors, since it knows how each
+    family's experts lie on disk, and what is missing or misshapen shows.
+    """
+    import torch
+    from transformers.utils import logging
+
+    import modeling_attnres
+
+    # Quantised weights have names and shapes of their own
+    quantised = bool(checkpoint.config.get("quantization_config"))
+    config = copy.deepcopy(config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    tensors = {
+        name: torch.empty(info.shape, device="meta")
+        for name, info in checkpoint.tensors.items()
+        if not (quantised and "experts" in name)
+    }
+    verbosity, progress_bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    # It would tell of the queries that are not there yet
+    logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
+    try:
+        model, problems = model_class.from_pretrained(
+            None,
+            config=config,
+            state_dict=tensors,
+            device_map={"": "meta"},
+            # What computes attention is of no matter here, and may not be installed
+            attn_implementation="eager",
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    except Exception as error:  # noqa: BLE001  as for the configuration
+        raise ValueError(f"No model can be built from {checkpoint.folder / CONFIG}: {error}") from error
+    finally:
+        logging.set_verbosity(verbosity)
+        if progress_bar:
+            logging.enable_progress_bar()
+
+    for name, shape, expected in [] if quantised else sorted(problems["mismatched_keys"]):
+        raise ValueError(
+            f"The tensor {name!r} of {checkpoint.folder} has the shape {list(shape)}, but {CONFIG} makes it "
+            f"{list(expected)}."
+        )
+    for name in sorted(problems["missing_keys"]):
+        module_name = name.rpartition(".")[0]
+        new = isinstance(model.get_submodule(module_name), modeling_attnres.DepthAttention)
+        packed = quantised and ("experts" in name or any(other.startswith(f"{module_name}.") for other in tensors))
+        if not new and not packed:
+            raise ValueError(
+                f"{checkpoint.folder} holds no tensor {name!r}, which {CONFIG} asks for: its weights are not complete, "
+                "or not those of this configuration."
+            )
+    return model
 
 
 def _plan(base: Checkpoint, attn_res: dict[str, Any]) -> tuple["AttnResConfig", dict[str, Any], dict[str, Any]]:

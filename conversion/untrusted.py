@@ -16,9 +16,10 @@ def refuse_links_out_of(folder: Path) -> None:
     """Through such a link any file of this machine could come into the output."""
     root = Path(os.path.realpath(folder))
     inside = [root]
-    if root.parent.name == "snapshots":
-        # The Hub cache links each file of a snapshot to its content
-        inside.append(root.parent.parent / "blobs")
+    for ancestor in root.parents:
+        if ancestor.name == "snapshots":
+            # The Hub cache links each file of a snapshot to its content
+            inside.append(ancestor.parent / "blobs")
     for path in sorted(folder.rglob("*")):
         target = Path(os.path.realpath(path))
         if path.is_symlink() and not any(allowed in target.parents for allowed in inside):
@@ -40,6 +41,14 @@ def check_config(config: Any, path: Path) -> None:
     if isinstance(labels, int) and not 0 <= labels <= _MOST_LABELS:
         # transformers writes a name down for each
         raise ValueError(f"`num_labels` of {path} is {labels}, but at most {_MOST_LABELS} are taken.")
+    positions = config.get("max_position_embeddings")
+    if isinstance(positions, int) and positions < 1:
+        raise ValueError(f"`max_position_embeddings` of {path} is {positions}, but it has to be at least 1.")
+    if config.get("transformers_weights") is not None:
+        raise ValueError(
+            f"`transformers_weights` of {path} names a file of weights, {config['transformers_weights']!r}: give that "
+            "file the usual name, model.safetensors, and take the field out."
+        )
     for name in ("attn_implementation", "experts_implementation"):
         for field in (name, f"_{name}", f"_{name}_internal"):
             # As in owner/name: transformers would fetch such a kernel from the Hub and run it

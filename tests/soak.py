@@ -12,6 +12,7 @@ import os
 import platform
 import random
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -96,6 +97,12 @@ def fuzz(count):
         outcomes = test_fuzz.fuzz(target, count)
         seconds = time.perf_counter() - start
         print(f"{target.__name__}: {sum(outcomes.values())} cases, {outcomes}, {seconds:.0f} s", flush=True)
+
+
+def coverage(count):
+    """The parsers for `count` seconds, guided by coverage; needs the extra `[fuzz]`."""
+    fuzzer = Path(__file__).with_name("fuzz_coverage.py")
+    subprocess.run([sys.executable, fuzzer, f"-max_total_time={count}"], check=True)
 
 
 def save_random_base(folder, choose):
@@ -217,7 +224,7 @@ def precision(count):
 
 
 # Each with its own count
-RUNS = {crash: 240, fuzz: 2000, rounds: 1000, training: 1000, precision: 1}
+RUNS = {crash: 240, fuzz: 2000, coverage: 600, rounds: 1000, training: 1000, precision: 1}
 
 
 def main():

@@ -323,7 +323,8 @@ def test_what_a_training_run_leaves_stays_behind(base_folder, tmp_path):
 
 
 def test_who_may_read_the_base_may_read_all_of_the_retrofit(base_folder, tmp_path):
-    (base_folder / "config.json").chmod(0o644)
+    for file in base_folder.rglob("*.*"):
+        file.chmod(0o644)
     output = retrofit(base_folder, tmp_path / "attnres")
     umask = os.umask(0)
     os.umask(umask)

@@ -6,8 +6,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
+from pathlib import Path
 
 import pytest
 from test_conversion import file_bytes, save_base
@@ -204,6 +206,32 @@ def test_the_source_is_cut_short_meanwhile(work):
     assert fault_at_every_boundary(work, cut, ("ValueError",), every=5) > 0
 
 
+def test_the_source_is_written_to_meanwhile(tmp_path):
+    """Other bytes, as many as before: half a shard of the old and half of the new would look whole."""
+    work = Work(tmp_path / "work")
+    shard = work.source / "model.safetensors"
+
+    def write():
+        with shard.open("r+b") as file:
+            file.seek(-1, os.SEEK_END)
+            file.write(b"\x7f")
+
+    answers = []
+    # The shard is copied first
+    for number in range(1, 30):
+        answers.append(in_child(at_boundary, number, write, work.run)[1])
+        if answers[-1].isdecimal():
+            # Before the copy began, or after it
+            copy = (work.output / "model-00001-of-00002.safetensors").read_bytes()
+            assert copy in (shard.read_bytes(), work.before["model.safetensors"])
+            shutil.rmtree(work.output)
+        else:
+            assert answers[-1].startswith(f"ValueError: {shard} changed while it was copied")
+        work.put_back_source()
+        assert work.check() is False
+    assert any(answer.startswith("ValueError") for answer in answers)
+
+
 def test_the_partial_folder_is_taken_away(work):
     def take():
         for partial in work.folder.glob(".output.*.partial"):
@@ -255,6 +283,51 @@ def test_the_disk_is_read_only(work, disk):
     remount(disk, "rw,size=8m")
     work.operation(work.source, disk / "output")
     assert file_bytes(disk / "output") == work.expected and file_bytes(work.source) == work.before
+
+
+def test_the_output_is_a_mount_point(work, disk):
+    with pytest.raises(ValueError, match="disk is a mount point, which cannot be replaced"):
+        work.operation(work.source, disk)
+    assert not any(disk.iterdir())
+
+
+def test_nothing_may_be_written_beside_the_output(work):
+    def without_rights():
+        if os.getuid() == 0:
+            os.setresuid(65534, 65534, 65534)
+        work.run()
+
+    with tempfile.TemporaryDirectory() as folder:
+        # Where anybody may look
+        work.source = shutil.copytree(work.source, Path(folder) / "source")
+        work.output = Path(folder) / "output"
+        for path in work.source.rglob("*"):
+            path.chmod(0o755)
+        Path(folder).chmod(0o555)
+        signal, answer = in_child(without_rights)
+        assert signal == 0 and answer.startswith("PermissionError") and "beside the output" in answer, answer
+        assert [path.name for path in Path(folder).iterdir()] == ["source"]
+        Path(folder).chmod(0o755)
+
+
+def test_what_was_closed_stays_closed(work):
+    for path in work.source.rglob("*.safetensors"):
+        path.chmod(0o600)
+    (work.source / "LICENSE").chmod(0o444)
+    work.output.mkdir(mode=0o700)
+    work.run()
+    assert work.output.stat().st_mode & 0o777 == 0o700
+    copied = [path for path in work.output.glob("*.safetensors") if path.stat().st_mode & 0o777 == 0o600]
+    assert len(copied) >= len(list(work.source.glob("*.safetensors"))) - 1
+    # One that cannot be written to could not be saved over
+    assert (work.output / "LICENSE").stat().st_mode & 0o777 == 0o644
+    assert work.check()
+
+
+def test_a_long_name(work):
+    work.output = work.output.with_name("n" * 255)
+    work.run()
+    assert file_bytes(work.output) == work.expected
 
 
 def race(work, runs=2):
