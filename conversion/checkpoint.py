@@ -46,6 +46,8 @@ class Checkpoint:
     folder: Path
     config: dict[str, Any]
     weights: "SafetensorsRepoMetadata"
+    # What tells that a file was written to, of each file
+    stamps: dict[Path, tuple[int, ...]]
 
     @property
     def tensors(self) -> dict[str, Any]:
@@ -91,6 +93,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     from huggingface_hub.utils import SafetensorsRepoMetadata
 
     refuse_links_out_of(folder)
+    stamps = _stamps(folder)
     config = read_json(folder / CONFIG)
     check_config(config, folder / CONFIG)
     for name in (TOKENIZER_CONFIG, SPECIAL_TOKENS):
@@ -121,7 +124,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         )
     sharded = len(files) > 1
     weights = SafetensorsRepoMetadata(metadata=None, sharded=sharded, weight_map=weight_map, files_metadata=files)
-    checkpoint = Checkpoint(folder, config, weights)
+    checkpoint = Checkpoint(folder, config, weights, stamps)
     if sum(len(file.tensors) for file in files.values()) > len(checkpoint.tensors):
         raise ValueError(f"{folder} holds a tensor twice, in two of its shards.")
     layers = config.get("num_hidden_layers")
@@ -130,6 +133,11 @@ def read_checkpoint(folder: Path) -> Checkpoint:
             f"`num_hidden_layers` of {folder / CONFIG} is {layers}, but there are {len(checkpoint.tensors)} tensors."
         )
     return checkpoint
+
+
+def _stamps(folder: Path) -> dict[Path, tuple[int, ...]]:
+    files = {path: path.stat() for path in folder.rglob("*") if path.is_file()}
+    return {path: (stat.st_ino, stat.st_size, stat.st_mtime_ns) for path, stat in files.items()}
 
 
 def read_shard(path: Path) -> "SafetensorsFileMetadata":
@@ -188,6 +196,11 @@ def write_index(folder: Path) -> None:
     write_json(folder / INDEX, {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))})
 
 
+def close_as(path: Path, replaced: Path) -> None:
+    """Takes the rights away from a written file that the one in whose place it comes does not give."""
+    path.chmod(path.stat().st_mode & replaced.stat().st_mode & 0o777 | 0o600)
+
+
 @contextmanager
 def new_folder(output: Path, source: Path) -> Iterator[Path]:
     """
@@ -211,9 +224,9 @@ def new_folder(output: Path, source: Path) -> Iterator[Path]:
     if source.resolve() in target.parents:
         raise ValueError(f"The output {output} lies in the source {source}: choose a folder outside of it.")
     target.parent.mkdir(parents=True, exist_ok=True)
-    # A part of a long name: the whole of it and more might be too long
-    hidden = f".{target.name[:40]}"
-    for unfinished in sorted(target.parent.glob(f"{glob.escape(hidden)}.*.partial")):
+    # The longest name that leaves room for what is added
+    hidden = f".{os.fsdecode(os.fsencode(target.name)[:230])}"
+    for unfinished in sorted(target.parent.glob(f"{glob.escape(hidden)}.{'[0-9a-f]' * 8}.partial")):
         message = f"{unfinished} is what a killed run left, or one that still goes on: if none does, remove it."
         warnings.warn(message, stacklevel=4)
     partial = target.parent / f"{hidden}.{uuid.uuid4().hex[:8]}.partial"
@@ -224,7 +237,7 @@ def new_folder(output: Path, source: Path) -> Iterator[Path]:
         raise PermissionError(error.errno, reason, str(target.parent)) from error
     if target.exists():
         # Whom it was closed to, it stays closed to
-        shutil.copymode(target, partial)
+        partial.chmod(target.stat().st_mode & 0o777 | 0o700)
     try:
         yield partial
         # On the disk before it has its name: a power cut must not leave one without the other
@@ -263,10 +276,11 @@ def _sync(path: Path) -> None:
 
 def check_copy(source: Checkpoint, folder: Path, names: Iterable[str]) -> None:
     """
-    Reads the headers of what was written again.
+    Reads the headers of what was written again, and looks whether the source is still what was read of it: files of two
+    of its versions would fit together, too.
 
     Raises:
-        `ValueError`: a shard is not whole, or lacks a tensor of the source's: somebody wrote to that meanwhile.
+        `ValueError`: a shard is not whole or lacks a tensor of the source's, or somebody wrote to the source meanwhile.
     """
     written = read_checkpoint(folder).tensors
     tensors = source.tensors
@@ -274,17 +288,17 @@ def check_copy(source: Checkpoint, folder: Path, names: Iterable[str]) -> None:
     def described(info):
         return info and (info.dtype, info.shape)
 
-    if any(described(written.get(name)) != described(tensors[name]) for name in names):
+    used = {source.folder / CONFIG, source.folder / INDEX, *(source.folder / file for file in source.other_files())}
+    used |= {source.folder / shard for shard in source.weights.files_metadata}
+    now = _stamps(source.folder)
+    if any(described(written.get(name)) != described(tensors[name]) for name in names) or any(
+        now[path] != stamp for path, stamp in source.stamps.items() if path in used and path in now
+    ):
         raise ValueError(f"{source.folder} changed while it was copied: try again when nothing writes to it.")
 
 
 def place_files(pairs: list[tuple[Path, Path]], link: bool = False) -> None:
-    """
-    Copies each first path to the second, or hard-links it. A long copy shows its progress.
-
-    Raises:
-        `ValueError`: a file changed while it was copied.
-    """
+    """Copies each first path to the second, or hard-links it. A long copy shows its progress."""
     for source, target in pairs:
         target.parent.mkdir(parents=True, exist_ok=True)
         if link:
@@ -299,13 +313,10 @@ def place_files(pairs: list[tuple[Path, Path]], link: bool = False) -> None:
     with tqdm(total=size, desc="Copying", unit="B", unit_scale=True, delay=1) as progress:
         for source, target in pairs:
             with source.open("rb") as reader:
-                before = os.fstat(reader.fileno())
                 # Open to nobody whom the source was closed to
-                create = functools.partial(os.open, mode=before.st_mode & 0o777 | 0o600)
+                mode = os.fstat(reader.fileno()).st_mode & 0o777 | 0o600
+                create = functools.partial(os.open, mode=mode)
                 with open(target, "xb", opener=create) as writer:
                     while chunk := reader.read(16 * 2**20):
                         writer.write(chunk)
                         progress.update(len(chunk))
-                after = os.fstat(reader.fileno())
-            if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
-                raise ValueError(f"{source} changed while it was copied: try again when nothing writes to it.")

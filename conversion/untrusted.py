@@ -3,6 +3,7 @@
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -62,13 +63,21 @@ def check_tokenizer_config(config: Any, path: Path) -> None:
     if not isinstance(config, dict):
         raise ValueError(f"{path} is not the configuration of a tokenizer.")
     for field, value in config.items():
+        if field in ("mecab_kwargs", "sudachi_kwargs", "jumanpp_kwargs") and value:
+            raise ValueError(f"`{field}` of {path} is {value!r}, options of another program: take it out.")
         # Older tokenizers kept in this one where they were made, and nothing opens it
-        for name in [] if field == "special_tokens_map_file" else value if isinstance(value, list) else [value]:
-            if not isinstance(name, str):
-                continue
+        for name in [] if field == "special_tokens_map_file" else _texts(value):
             file = next((file for file in (root / name, Path(name)) if os.path.isfile(file)), root / "none")
             if root not in Path(os.path.abspath(file)).parents:
                 raise ValueError(f"`{field}` of {path} names {name!r}, a file outside of the folder: take it out.")
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (dict, list)):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _texts(part)
 
 
 def parse_json(text: bytes, origin: Path | str) -> Any:

@@ -30,6 +30,7 @@ import test_fuzz
 import torch
 import transformers
 from test_conversion import file_bytes, tensor_hashes
+from test_crash_safety import linked
 from test_precision import TYPES, drifts
 from text import default_files
 from torch import nn
@@ -49,10 +50,6 @@ def memory():
 
 def open_files():
     return len(os.listdir("/proc/self/fd"))
-
-
-def linked(source, output):
-    return retrofit(source, output, link=True)
 
 
 def crash(count):

@@ -134,6 +134,21 @@ def nested(depth):
     return lambda content: f'{content.rstrip()[:-1]}, "deep": {"[" * depth}{"]" * depth}}}'
 
 
+def tokenizer(**fields):
+    def spoil(folder):
+        content = json.loads((folder / "tokenizer_config.json").read_text())
+        (folder / "tokenizer_config.json").write_text(json.dumps({**content, **fields}))
+
+    return spoil
+
+
+def empty_tensor(header, shape):
+    end = max(entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
+    return json.dumps({**header, "zzz": {"dtype": "F32", "shape": shape, "data_offsets": [end, end]}})
+
+
+FP8 = {"quant_method": "fp8"}
+MISSHAPEN = r"has the shape \[.*\], but config.json makes it"
 NOT_WHOLE = "truncated or not a safetensors file"
 INVALID = "No valid configuration from .*config.json"
 HOSTILE = {
@@ -170,9 +185,46 @@ HOSTILE = {
         "`transformers_weights` of .* names a file of weights, 'tokenizer.json'",
     ),
     "config: no positions": (config(max_position_embeddings=0), "`max_position_embeddings` .* is 0"),
-    "config: another width, said to be quantised": (
-        config(intermediate_size=99, quantization_config={}),
-        r"has the shape \[32, 48\], but config.json makes it",
+    "config: quantised, by nothing": (config(quantization_config={}), "has None for its `quant_method`"),
+    "config: quantised, by nobody": (
+        config(quantization_config={"quant_method": "x"}),
+        "has 'x' for its `quant_method`",
+    ),
+    "config: another width, said to be quantised": (config(intermediate_size=99, quantization_config=FP8), MISSHAPEN),
+    "config: another vocabulary, said to be quantised": (config(vocab_size=50, quantization_config=FP8), MISSHAPEN),
+    "config: endless width, said to be quantised": (
+        config(hidden_size=2**33, head_dim=8, quantization_config=FP8),
+        f"{MISSHAPEN}|No model can be built",
+    ),
+    "weights: one is missing, said to be quantised": (
+        lambda folder: [without("1.mlp.up_proj.w")(folder), config(quantization_config=FP8)(folder)],
+        "holds no tensor 'model.layers.1.mlp.up_proj.weight'",
+    ),
+    "header: a shape that no number counts": (
+        raw_header(lambda text, header: empty_tensor(header, [0, 2**63])),
+        "No model can be built",
+    ),
+    "header: strides that no number counts": (
+        raw_header(lambda text, header: empty_tensor(header, [0, 2**62, 2**62])),
+        "No model can be built",
+    ),
+    "weights: a tensor of ours": (
+        lambda folder: save_file(
+            {**load_file(folder / "model.safetensors"), "model.layers.0.mlp_res.query": torch.zeros(32)},
+            folder / "model.safetensors",
+        ),
+        "holds a tensor 'model.layers.0.mlp_res.query' already",
+    ),
+    "tokenizer config: a path in a library's options": (
+        lambda folder: [
+            (folder.parent / "spiece.model").write_text(""),
+            tokenizer(sp_model_kwargs={"model_file": "../spiece.model"})(folder),
+        ],
+        "`sp_model_kwargs` of .* names '../spiece.model', a file outside",
+    ),
+    "tokenizer config: another program's options": (
+        tokenizer(mecab_kwargs={"mecab_option": "-r /etc/passwd"}),
+        "`mecab_kwargs` of .*, options of another program",
     ),
     "config: one key twice": (
         text("config.json", lambda content: content.replace("{", '{"model_type": "mistral",', 1)),
@@ -296,6 +348,18 @@ def test_experts_that_do_not_fit_are_refused(family, tmp_path):
             with pytest.raises(ValueError, match="has the shape|holds no tensor|No model can be built"):
                 retrofit(base, tmp_path / "output")
     assert {path.name for path in tmp_path.iterdir()} == {"base"}
+    # Of a quantised base no shape is known, but that there are some in each layer
+    (base / "config.json").write_text(json.dumps({**content, "quantization_config": FP8}))
+    file = base / "model.safetensors"
+    weights = load_file(file)
+    of_a_layer = [name for name in weights if ".4." in name and ".experts." in name]
+    if not of_a_layer:
+        # GraniteMoE has one tensor for all experts of a layer
+        assert family == "granitemoe"
+        return
+    save_file({name: value for name, value in weights.items() if name not in of_a_layer}, file)
+    with pytest.raises(ValueError, match=r"holds no tensor 'model.layers.4.*experts"):
+        retrofit(base, tmp_path / "output")
 
 
 def test_names_of_tensors_are_no_paths(base, tmp_path):
