@@ -2,6 +2,7 @@
 """Checkpoint folders: read one without loading it, fill a new one that is there whole or not at all."""
 
 import errno
+import functools
 import glob
 import json
 import os
@@ -45,6 +46,8 @@ class Checkpoint:
     folder: Path
     config: dict[str, Any]
     weights: "SafetensorsRepoMetadata"
+    # What tells that a file was written to, of each file
+    stamps: dict[Path, tuple[int, ...]]
 
     @property
     def tensors(self) -> dict[str, Any]:
@@ -90,6 +93,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     from huggingface_hub.utils import SafetensorsRepoMetadata
 
     refuse_links_out_of(folder)
+    stamps = _stamps(folder)
     config = read_json(folder / CONFIG)
     check_config(config, folder / CONFIG)
     for name in (TOKENIZER_CONFIG, SPECIAL_TOKENS):
@@ -120,7 +124,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         )
     sharded = len(files) > 1
     weights = SafetensorsRepoMetadata(metadata=None, sharded=sharded, weight_map=weight_map, files_metadata=files)
-    checkpoint = Checkpoint(folder, config, weights)
+    checkpoint = Checkpoint(folder, config, weights, stamps)
     if sum(len(file.tensors) for file in files.values()) > len(checkpoint.tensors):
         raise ValueError(f"{folder} holds a tensor twice, in two of its shards.")
     layers = config.get("num_hidden_layers")
@@ -129,6 +133,11 @@ def read_checkpoint(folder: Path) -> Checkpoint:
             f"`num_hidden_layers` of {folder / CONFIG} is {layers}, but there are {len(checkpoint.tensors)} tensors."
         )
     return checkpoint
+
+
+def _stamps(folder: Path) -> dict[Path, tuple[int, ...]]:
+    files = {path: path.stat() for path in folder.rglob("*") if path.is_file()}
+    return {path: (stat.st_ino, stat.st_size, stat.st_mtime_ns) for path, stat in files.items()}
 
 
 def read_shard(path: Path) -> "SafetensorsFileMetadata":
@@ -187,6 +196,11 @@ def write_index(folder: Path) -> None:
     write_json(folder / INDEX, {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))})
 
 
+def close_as(path: Path, replaced: Path) -> None:
+    """Takes the rights away from a written file that the one in whose place it comes does not give."""
+    path.chmod(path.stat().st_mode & replaced.stat().st_mode & 0o777 | 0o600)
+
+
 @contextmanager
 def new_folder(output: Path, source: Path) -> Iterator[Path]:
     """
@@ -195,7 +209,8 @@ def new_folder(output: Path, source: Path) -> Iterator[Path]:
 
     Raises:
         `FileExistsError`: `output` is there already and not an empty folder.
-        `ValueError`: `output` lies in `source`, or is the current folder.
+        `PermissionError`: nothing can be written beside `output`.
+        `ValueError`: `output` lies in `source`, is the current folder or a mount point.
     """
     taken = FileExistsError(f"The output {output} exists already and is not an empty folder.")
     # A link to a folder stays a link
@@ -204,14 +219,25 @@ def new_folder(output: Path, source: Path) -> Iterator[Path]:
         raise taken
     if target == Path.cwd():
         raise ValueError(f"The output {output} is the current folder, which cannot be replaced: name another.")
+    if os.path.ismount(target):
+        raise ValueError(f"The output {output} is a mount point, which cannot be replaced: name a folder in it.")
     if source.resolve() in target.parents:
         raise ValueError(f"The output {output} lies in the source {source}: choose a folder outside of it.")
     target.parent.mkdir(parents=True, exist_ok=True)
-    for unfinished in sorted(target.parent.glob(f".{glob.escape(target.name)}.*.partial")):
+    # The longest name that leaves room for what is added
+    hidden = f".{os.fsdecode(os.fsencode(target.name)[:230])}"
+    for unfinished in sorted(target.parent.glob(f"{glob.escape(hidden)}.{'[0-9a-f]' * 8}.partial")):
         message = f"{unfinished} is what a killed run left, or one that still goes on: if none does, remove it."
         warnings.warn(message, stacklevel=4)
-    partial = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.partial"
-    partial.mkdir()
+    partial = target.parent / f"{hidden}.{uuid.uuid4().hex[:8]}.partial"
+    try:
+        partial.mkdir()
+    except PermissionError as error:
+        reason = f"{error.strerror} to write beside the output, where it is made before it has its name"
+        raise PermissionError(error.errno, reason, str(target.parent)) from error
+    if target.exists():
+        # Whom it was closed to, it stays closed to
+        partial.chmod(target.stat().st_mode & 0o777 | 0o700)
     try:
         yield partial
         # On the disk before it has its name: a power cut must not leave one without the other
@@ -250,10 +276,11 @@ def _sync(path: Path) -> None:
 
 def check_copy(source: Checkpoint, folder: Path, names: Iterable[str]) -> None:
     """
-    Reads again what was written.
+    Reads the headers of what was written again, and looks whether the source is still what was read of it: files of two
+    of its versions would fit together, too.
 
     Raises:
-        `ValueError`: it is not whole, or lacks one of the source's tensors. Somebody wrote to the source meanwhile.
+        `ValueError`: a shard is not whole or lacks a tensor of the source's, or somebody wrote to the source meanwhile.
     """
     written = read_checkpoint(folder).tensors
     tensors = source.tensors
@@ -261,7 +288,12 @@ def check_copy(source: Checkpoint, folder: Path, names: Iterable[str]) -> None:
     def described(info):
         return info and (info.dtype, info.shape)
 
-    if any(described(written.get(name)) != described(tensors[name]) for name in names):
+    used = {source.folder / CONFIG, source.folder / INDEX, *(source.folder / file for file in source.other_files())}
+    used |= {source.folder / shard for shard in source.weights.files_metadata}
+    now = _stamps(source.folder)
+    if any(described(written.get(name)) != described(tensors[name]) for name in names) or any(
+        now[path] != stamp for path, stamp in source.stamps.items() if path in used and path in now
+    ):
         raise ValueError(f"{source.folder} changed while it was copied: try again when nothing writes to it.")
 
 
@@ -280,7 +312,11 @@ def place_files(pairs: list[tuple[Path, Path]], link: bool = False) -> None:
     size = sum(source.stat().st_size for source, _ in pairs)
     with tqdm(total=size, desc="Copying", unit="B", unit_scale=True, delay=1) as progress:
         for source, target in pairs:
-            with source.open("rb") as reader, target.open("xb") as writer:
-                while chunk := reader.read(16 * 2**20):
-                    writer.write(chunk)
-                    progress.update(len(chunk))
+            with source.open("rb") as reader:
+                # Open to nobody whom the source was closed to
+                mode = os.fstat(reader.fileno()).st_mode & 0o777 | 0o600
+                create = functools.partial(os.open, mode=mode)
+                with open(target, "xb", opener=create) as writer:
+                    while chunk := reader.read(16 * 2**20):
+                        writer.write(chunk)
+                        progress.update(len(chunk))

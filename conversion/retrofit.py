@@ -1,6 +1,7 @@
 # Copyright 2026 The modeling_attnres authors. Licensed under the Apache License, Version 2.0.
 """Retrofit: a base checkpoint becomes an AttnRes checkpoint that computes the same."""
 
+import copy
 import os
 import re
 import shlex
@@ -15,6 +16,7 @@ from .checkpoint import (
     TOKENIZER_CONFIG,
     Checkpoint,
     check_copy,
+    close_as,
     download,
     new_folder,
     place_files,
@@ -28,12 +30,15 @@ from .checkpoint import (
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedModel
 
     from modeling_attnres import AttnResConfig
 
 
 # Trained at the same rate, queries of any width then change their logits as fast as those of this one
 WIDTH_AT_TEMPERATURE_1 = 128
+# As safetensors names them
+FLOATS = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
 
 
 def retrofit(
@@ -69,7 +74,9 @@ def retrofit(
     Raises:
         `FileNotFoundError`: no such source, or config.json, safetensors weights or a shard missing.
         `FileExistsError`: the output is there already and not an empty folder.
-        `ValueError`: an unsupported base, an impossible value, a damaged file, a source that is AttnRes already.
+        `ValueError`: an unsupported base, an impossible value, a damaged file, weights that are not complete or do not
+            fit, a source that is AttnRes already.
+        `ImportError`: the base's tokenizer needs a package that is not installed.
     """
     source, output = str(source), Path(output)
     base = read_checkpoint(download(source, revision))
@@ -109,6 +116,8 @@ def retrofit(
         for file in code_files():
             (folder / file.name).write_bytes(file.read_bytes())
         _write_model_card(folder / "README.md", card_metadata, base_name, config)
+        for name in replaced:
+            close_as(folder / name, base.folder / name)
         check_copy(base, folder, base.tensors.keys())
     return output
 
@@ -135,34 +144,112 @@ def attn_res_tensors(checkpoint: Checkpoint, config: "AttnResConfig", architectu
     Raises:
         `ValueError`: there is no such class, or the checkpoint's tensors do not fit the configuration.
     """
-    import torch
-
     import modeling_attnres
     from modeling_attnres.configuration_attnres import AUTO_MAP
 
     path = checkpoint.folder / CONFIG
     if architecture not in {name.split(".")[1] for auto_class, name in AUTO_MAP.items() if auto_class != "AutoConfig"}:
         raise ValueError(f"`architectures` of {path} names {architecture!r}, which is no AttnRes model.")
-    try:
-        with torch.device("meta"):
-            model = getattr(modeling_attnres, architecture)(config)
-    except Exception as error:  # noqa: BLE001  as for the configuration
-        raise ValueError(f"No model can be built from {path}: {error}") from error
-    # Quantised weights have shapes of their own
-    if "quantization_config" not in checkpoint.config:
-        for name, tensor in model.state_dict().items():
-            if name in checkpoint.tensors and list(tensor.shape) != list(checkpoint.tensors[name].shape):
-                raise ValueError(
-                    f"The tensor {name!r} of {checkpoint.folder} has the shape {list(checkpoint.tensors[name].shape)}, "
-                    f"but {CONFIG} makes it {list(tensor.shape)}."
-                )
+    model = _model_without_values(checkpoint, config, getattr(modeling_attnres, architecture))
     first_values = modeling_attnres.DepthAttention(config).state_dict()
+    prefix = "model." if "embed_tokens.weight" in checkpoint.tensors else ""
     return {
-        f"{module_name}.{name}": value
+        f"{module_name.removeprefix(prefix)}.{name}": value
         for module_name, module in model.named_modules()
         if isinstance(module, modeling_attnres.DepthAttention)
         for name, value in first_values.items()
     }
+
+
+def _model_without_values(
+    checkpoint: Checkpoint, config: "AttnResConfig", model_class: type["PreTrainedModel"]
+) -> "PreTrainedModel":
+    """
+    The checkpoint's model on the meta device. transformers itself loads shapes for tensors, since it knows how each
+    family's experts lie on disk, and what is missing or misshapen shows.
+    """
+    import torch
+    from transformers.utils import logging
+
+    import modeling_attnres
+
+    path = checkpoint.folder / CONFIG
+    quantised = _is_quantised(checkpoint)
+    config = copy.deepcopy(config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    verbosity, progress_bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    # It would tell of the queries that are not there yet
+    logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
+    try:
+        tensors = {
+            name: torch.empty(info.shape, device="meta")
+            for name, info in checkpoint.tensors.items()
+            if not (quantised and ".experts." in name)
+        }
+        model, problems = model_class.from_pretrained(
+            None,
+            config=config,
+            state_dict=tensors,
+            device_map={"": "meta"},
+            # What computes attention is of no matter here, and may not be installed
+            attn_implementation="eager",
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    except Exception as error:  # noqa: BLE001  as for the configuration
+        reason = "the weights of its experts do not fit together" if "CONVERSION" in str(error) else error
+        raise ValueError(f"No model can be built from {path} and the weights beside it: {reason}.") from error
+    finally:
+        logging.set_verbosity(verbosity)
+        if progress_bar:
+            logging.enable_progress_bar()
+
+    for name, shape, expected in sorted(problems["mismatched_keys"]):
+        # What is packed has a shape of its own
+        info = checkpoint.tensors.get(name) or checkpoint.tensors.get(name.removeprefix("model."))
+        if not quantised or info and info.dtype in FLOATS:
+            raise ValueError(
+                f"The tensor {name!r} of {checkpoint.folder} has the shape {list(shape)}, but {CONFIG} makes it "
+                f"{list(expected)}."
+            )
+    for name in sorted(problems["missing_keys"]):
+        module_name = name.rpartition(".")[0]
+        new = isinstance(model.get_submodule(module_name), modeling_attnres.DepthAttention)
+        if not new and not (quantised and _holds_packed(checkpoint, module_name)):
+            raise ValueError(
+                f"{checkpoint.folder} holds no tensor {name!r}, which {CONFIG} asks for: its weights are not complete, "
+                "or not those of this configuration."
+            )
+    return model
+
+
+def _is_quantised(checkpoint: Checkpoint) -> bool:
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+
+    quantisation = checkpoint.config.get("quantization_config")
+    if quantisation is None:
+        return False
+    method = quantisation.get("quant_method") if isinstance(quantisation, dict) else None
+    older = isinstance(quantisation, dict) and (quantisation.get("load_in_8bit") or quantisation.get("load_in_4bit"))
+    if not older and (not isinstance(method, str) or method not in AUTO_QUANTIZATION_CONFIG_MAPPING):
+        raise ValueError(
+            f"`quantization_config` of {checkpoint.folder / CONFIG} has {method!r} for its `quant_method`, which "
+            "transformers does not know: take the field out if the weights are not quantised."
+        )
+    return True
+
+
+def _holds_packed(checkpoint: Checkpoint, module_name: str) -> bool:
+    """Whether a quantised checkpoint holds the weight of this module, by whatever name its parts have."""
+    if module_name.endswith(".experts"):
+        # They lie one by one, and not all families call the module around them alike
+        layer = re.search(r"layers\.\d+\.", module_name)[0]
+        experts = [name for name in checkpoint.tensors if ".experts." in name]
+        return not experts or any(layer in name for name in experts)
+    tensors = (name for name in checkpoint.tensors if not name.endswith(".bias"))
+    return any(f"model.{name}".startswith((f"{module_name}.", f"model.{module_name}.")) for name in tensors)
 
 
 def _plan(base: Checkpoint, attn_res: dict[str, Any]) -> tuple["AttnResConfig", dict[str, Any], dict[str, Any]]:
@@ -193,14 +280,15 @@ def _plan(base: Checkpoint, attn_res: dict[str, Any]) -> tuple["AttnResConfig", 
             "sequence or token classifier and a decoder without a head (…Model) can be retrofitted."
         )
     architecture = f"AttnRes{kind[0]}"
-    embedding = "embed_tokens.weight" if kind[0] == "Model" else "model.embed_tokens.weight"
-    if embedding not in base.tensors:
+    # transformers takes the names of a bare decoder for a model with a head, too
+    embeddings = ["embed_tokens.weight"] if kind[0] == "Model" else ["model.embed_tokens.weight", "embed_tokens.weight"]
+    embedding = next((name for name in embeddings if name in base.tensors), None)
+    if embedding is None:
         raise ValueError(
-            f"{base.folder} holds no tensor {embedding!r}: these are not the weights of a {base_architecture}."
+            f"{base.folder} holds no tensor {embeddings[0]!r}: these are not the weights of a {base_architecture}. If "
+            "transformers loads them all the same, load and save them with it."
         )
-    dtypes = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
-    dtype = dtypes.get(base.tensors[embedding].dtype)
-    if dtype is None:
+    if base.tensors[embedding].dtype not in FLOATS:
         raise ValueError(f"The tensor {embedding!r} of {base.folder} is {base.tensors[embedding].dtype}, not a float.")
 
     config_json = {
@@ -210,8 +298,11 @@ def _plan(base: Checkpoint, attn_res: dict[str, Any]) -> tuple["AttnResConfig", 
         "architectures": [architecture],
         "auto_map": {**base_auto_map, **AUTO_MAP},
     }
-    # Cloned, since a file must not share memory between tensors
     tensors = attn_res_tensors(base, config, architecture)
+    if taken := sorted(tensors.keys() & base.tensors.keys()):
+        raise ValueError(f"{base.folder} holds a tensor {taken[0]!r} already, the name of one that a retrofit adds.")
+    dtype = getattr(torch, FLOATS[base.tensors[embedding].dtype])
+    # Cloned, since a file must not share memory between tensors
     return config, config_json, {name: tensor.to(dtype, copy=True) for name, tensor in tensors.items()}
 
 
@@ -235,6 +326,12 @@ def _tokenizer_class(base: Checkpoint) -> str | None:
         # As where mistral-common is not installed: what is written must not depend on that
         tokenizer = AutoTokenizer.from_pretrained(base.folder, mistral_format=False, trust_remote_code=False)
     except Exception as error:  # noqa: BLE001  a tokenizer that cannot be loaded is left as it is
+        cause = error
+        while cause is not None and not isinstance(cause, ImportError):
+            cause = cause.__context__
+        if cause is not None:
+            # What is written must not depend on what is installed
+            raise ImportError(f"The tokenizer of {base.folder} needs a package: {error} ({cause})") from error
         warnings.warn(f"The tokenizer of {base.folder} cannot be loaded and was not checked: {error}", stacklevel=3)
         return None
     named = content.get("tokenizer_class") or base.config.get("tokenizer_class") or ""

@@ -4,13 +4,14 @@
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from .checkpoint import (
     CONFIG,
     INDEX,
     REPLACED,
     SINGLE_SHARD,
+    TOKENIZER_CONFIG,
     Checkpoint,
     check_copy,
     download,
@@ -22,7 +23,7 @@ from .checkpoint import (
     write_index,
     write_json,
 )
-from .retrofit import attn_res_tensors, code_files, read_config
+from .retrofit import FLOATS, attn_res_tensors, code_files, read_config
 
 
 def revert(source: str | Path, output: str | Path, force: bool = False, revision: str | None = None) -> Path:
@@ -56,7 +57,8 @@ def revert(source: str | Path, output: str | Path, force: bool = False, revision
 
     base_shards = _base_shards(checkpoint, attn_res)
     # Listed before anything is written: a file that vanishes meanwhile is missed
-    replaced = sorted((checkpoint.folder / REPLACED).iterdir()) if base_shards else []
+    replaced = [checkpoint.folder / REPLACED / name for name in (CONFIG, INDEX, "README.md", TOKENIZER_CONFIG)]
+    replaced = [file for file in replaced if base_shards and file.is_file()]
     ours = {"README.md", REPLACED, *(file.name for file in (*code_files(), *replaced))}
     others = [file for file in checkpoint.other_files() if file.parts[0] not in ours]
     with new_folder(Path(output), checkpoint.folder) as folder:
@@ -94,6 +96,11 @@ def _base_shards(checkpoint: Checkpoint, attn_res: set[str]) -> dict[str, str]:
 def _refuse_trained_queries(checkpoint: Checkpoint, attn_res: set[str]) -> None:
     queries = sorted(name for name in attn_res if name.endswith(".query"))
     trained = []
+    for name in queries:
+        if checkpoint.tensors[name].dtype not in FLOATS:
+            raise ValueError(
+                f"The tensor {name!r} of {checkpoint.folder} is {checkpoint.tensors[name].dtype}, no float."
+            )
     for shard in sorted({checkpoint.weights.weight_map[name] for name in queries}):
         with safe_open(checkpoint.folder / shard, framework="pt") as tensors:
             trained += [n for n in queries if checkpoint.weights.weight_map[n] == shard and tensors.get_tensor(n).any()]
@@ -118,8 +125,11 @@ def _write_base_weights(checkpoint: Checkpoint, attn_res: set[str], folder: Path
         else:
             from safetensors.torch import save_file
 
-            with safe_open(checkpoint.folder / shard, framework="pt") as tensors:
-                save_file({name: tensors.get_tensor(name) for name in kept}, target, metadata=tensors.metadata())
+            try:
+                with safe_open(checkpoint.folder / shard, framework="pt") as tensors:
+                    save_file({name: tensors.get_tensor(name) for name in kept}, target, metadata=tensors.metadata())
+            except SafetensorError as error:
+                raise ValueError(f"{checkpoint.folder / shard} cannot be read by torch: {error}") from error
     place_files(copied)
 
 

@@ -3,6 +3,7 @@
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ def refuse_links_out_of(folder: Path) -> None:
     """Through such a link any file of this machine could come into the output."""
     root = Path(os.path.realpath(folder))
     inside = [root]
-    if root.parent.name == "snapshots":
-        # The Hub cache links each file of a snapshot to its content
-        inside.append(root.parent.parent / "blobs")
+    for ancestor in root.parents:
+        if ancestor.name == "snapshots":
+            # The Hub cache links each file of a snapshot to its content
+            inside.append(ancestor.parent / "blobs")
     for path in sorted(folder.rglob("*")):
         target = Path(os.path.realpath(path))
         if path.is_symlink() and not any(allowed in target.parents for allowed in inside):
@@ -40,6 +42,14 @@ def check_config(config: Any, path: Path) -> None:
     if isinstance(labels, int) and not 0 <= labels <= _MOST_LABELS:
         # transformers writes a name down for each
         raise ValueError(f"`num_labels` of {path} is {labels}, but at most {_MOST_LABELS} are taken.")
+    positions = config.get("max_position_embeddings")
+    if isinstance(positions, int) and positions < 1:
+        raise ValueError(f"`max_position_embeddings` of {path} is {positions}, but it has to be at least 1.")
+    if config.get("transformers_weights") is not None:
+        raise ValueError(
+            f"`transformers_weights` of {path} names a file of weights, {config['transformers_weights']!r}: give that "
+            "file the usual name, model.safetensors, and take the field out."
+        )
     for name in ("attn_implementation", "experts_implementation"):
         for field in (name, f"_{name}", f"_{name}_internal"):
             # As in owner/name: transformers would fetch such a kernel from the Hub and run it
@@ -53,13 +63,21 @@ def check_tokenizer_config(config: Any, path: Path) -> None:
     if not isinstance(config, dict):
         raise ValueError(f"{path} is not the configuration of a tokenizer.")
     for field, value in config.items():
+        if field in ("mecab_kwargs", "sudachi_kwargs", "jumanpp_kwargs") and value:
+            raise ValueError(f"`{field}` of {path} is {value!r}, options of another program: take it out.")
         # Older tokenizers kept in this one where they were made, and nothing opens it
-        for name in [] if field == "special_tokens_map_file" else value if isinstance(value, list) else [value]:
-            if not isinstance(name, str):
-                continue
+        for name in [] if field == "special_tokens_map_file" else _texts(value):
             file = next((file for file in (root / name, Path(name)) if os.path.isfile(file)), root / "none")
             if root not in Path(os.path.abspath(file)).parents:
                 raise ValueError(f"`{field}` of {path} names {name!r}, a file outside of the folder: take it out.")
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (dict, list)):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _texts(part)
 
 
 def parse_json(text: bytes, origin: Path | str) -> Any:

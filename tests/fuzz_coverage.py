@@ -21,7 +21,14 @@ import atheris
 
 
 with atheris.instrument_imports(include=["attnres_conversion", "huggingface_hub.hf_api", "modeling_attnres"]):
-    from attnres_conversion.checkpoint import CONFIG, INDEX, SINGLE_SHARD, TOKENIZER_CONFIG, read_checkpoint
+    from attnres_conversion.checkpoint import (
+        CONFIG,
+        INDEX,
+        SINGLE_SHARD,
+        SPECIAL_TOKENS,
+        TOKENIZER_CONFIG,
+        read_checkpoint,
+    )
     from attnres_conversion.retrofit import attn_res_tensors, read_config
 
 import numpy as np
@@ -30,7 +37,7 @@ from safetensors.numpy import save
 
 # In memory: a file for each case
 WORK = Path(tempfile.mkdtemp(dir="/dev/shm" if os.path.isdir("/dev/shm") else None))
-FILES = (CONFIG, INDEX, TOKENIZER_CONFIG, SINGLE_SHARD)
+FILES = (CONFIG, INDEX, TOKENIZER_CONFIG, SPECIAL_TOKENS, SINGLE_SHARD)
 HIDDEN = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1, "vocab_size": 4}
 SHARD = save({"model.embed_tokens.weight": np.zeros((4, 8), np.float32), "model.norm.weight": np.ones(8, np.float32)})
 CONFIGURATION = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "auto_map": {}, **HIDDEN}
@@ -38,6 +45,7 @@ SEEDS = {
     CONFIG: json.dumps(CONFIGURATION).encode(),
     INDEX: json.dumps({"metadata": {}, "weight_map": {"model.norm.weight": "a.safetensors"}}).encode(),
     TOKENIZER_CONFIG: json.dumps({"tokenizer_class": "LlamaTokenizer", "vocab_file": "vocab"}).encode(),
+    SPECIAL_TOKENS: json.dumps({"unk_token": "<unk>", "tokenizer_file": "tokenizer.json"}).encode(),
     SINGLE_SHARD: SHARD,
 }
 outcomes = Counter()

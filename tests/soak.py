@@ -12,6 +12,7 @@ import os
 import platform
 import random
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -29,6 +30,7 @@ import test_fuzz
 import torch
 import transformers
 from test_conversion import file_bytes, tensor_hashes
+from test_crash_safety import linked
 from test_precision import TYPES, drifts
 from text import default_files
 from torch import nn
@@ -48,10 +50,6 @@ def memory():
 
 def open_files():
     return len(os.listdir("/proc/self/fd"))
-
-
-def linked(source, output):
-    return retrofit(source, output, link=True)
 
 
 def crash(count):
@@ -96,6 +94,12 @@ def fuzz(count):
         outcomes = test_fuzz.fuzz(target, count)
         seconds = time.perf_counter() - start
         print(f"{target.__name__}: {sum(outcomes.values())} cases, {outcomes}, {seconds:.0f} s", flush=True)
+
+
+def coverage(count):
+    """The parsers for `count` seconds, guided by coverage; needs the extra `[fuzz]`."""
+    fuzzer = Path(__file__).with_name("fuzz_coverage.py")
+    subprocess.run([sys.executable, fuzzer, f"-max_total_time={count}"], check=True)
 
 
 def save_random_base(folder, choose):
@@ -217,7 +221,7 @@ def precision(count):
 
 
 # Each with its own count
-RUNS = {crash: 240, fuzz: 2000, rounds: 1000, training: 1000, precision: 1}
+RUNS = {crash: 240, fuzz: 2000, coverage: 600, rounds: 1000, training: 1000, precision: 1}
 
 
 def main():

@@ -323,11 +323,39 @@ def test_what_a_training_run_leaves_stays_behind(base_folder, tmp_path):
 
 
 def test_who_may_read_the_base_may_read_all_of_the_retrofit(base_folder, tmp_path):
-    (base_folder / "config.json").chmod(0o644)
+    for file in base_folder.rglob("*.*"):
+        file.chmod(0o644)
     output = retrofit(base_folder, tmp_path / "attnres")
     umask = os.umask(0)
     os.umask(umask)
     assert {stat.S_IMODE(file.stat().st_mode) for file in output.iterdir() if file.is_file()} == {0o666 & ~umask}
+
+
+@pytest.mark.parametrize("sharded", [False, True], ids=["single", "sharded"])
+def test_a_model_with_a_head_may_lack_the_prefix_of_its_decoder_s_names(sharded, tmp_path):
+    """As Qwen3-Embedding does."""
+    base = tiny_base("qwen3", tie_word_embeddings=True)
+    base.model.save_pretrained(tmp_path / "base", max_shard_size="20KB" if sharded else "1GB")
+    spoil_config(tmp_path / "base", architectures=["Qwen3ForCausalLM"])
+    output = retrofit(tmp_path / "base", tmp_path / "attnres")
+    assert verify(tmp_path / "base", output).passed
+    model, info = AutoModelForCausalLM.from_pretrained(output, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    torch.testing.assert_close(greedy(model), greedy(base))
+    revert(output, tmp_path / "reverted")
+    assert file_bytes(tmp_path / "reverted") == file_bytes(tmp_path / "base")
+
+
+def test_a_tokenizer_whose_package_is_not_there_is_an_error(base_folder, tmp_path, monkeypatch):
+    """What is written would depend on it."""
+    for package in ("sentencepiece", "tiktoken"):
+        monkeypatch.setitem(sys.modules, package, None)
+    for file in base_folder.glob("token*"):
+        file.unlink()
+    (base_folder / "tokenizer.model").write_bytes(b"")
+    with pytest.raises(ImportError, match="tokenizer of .* needs a package"):
+        retrofit(base_folder, tmp_path / "attnres")
+    assert not (tmp_path / "attnres").exists()
 
 
 def test_a_single_shard_with_an_index(tmp_path):

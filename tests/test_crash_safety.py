@@ -6,11 +6,13 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
+from pathlib import Path
 
 import pytest
-from test_conversion import file_bytes, save_base
+from test_conversion import file_bytes, save_base, tensor_hashes
 from transformers import AutoModelForCausalLM
 
 from attnres_conversion import retrofit, revert, verify
@@ -74,6 +76,10 @@ def at_boundary(number, fault, function, *arguments):
 
 def kill():
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def linked(source, output):
+    return retrofit(source, output, link=True)
 
 
 class Work:
@@ -204,6 +210,38 @@ def test_the_source_is_cut_short_meanwhile(work):
     assert fault_at_every_boundary(work, cut, ("ValueError",), every=5) > 0
 
 
+@pytest.mark.parametrize("operation", [retrofit, linked, revert])
+def test_the_source_is_written_to_meanwhile(operation, tmp_path):
+    """All of it, with other bytes, as many as before: files of two versions would fit together."""
+    work = Work(tmp_path / "work", operation, sharded=True)
+    originals = tensor_hashes(work.source)
+
+    def write():
+        for shard in work.source.glob("*.safetensors"):
+            # As who saves does: another file by that name
+            shutil.copy(shard, shard.with_suffix(".new"))
+            with shard.with_suffix(".new").open("r+b") as file:
+                file.seek(-1, os.SEEK_END)
+                file.write(b"\x7f")
+            shard.with_suffix(".new").replace(shard)
+
+    boundaries = int(in_child(at_boundary, 0, None, work.run)[1])
+    assert work.check()
+    answers = []
+    for number in range(1, boundaries, 5):
+        answers.append(in_child(at_boundary, number, write, work.run)[1])
+        if work.output.exists():
+            hashes, changed = tensor_hashes(work.output), tensor_hashes(work.source)
+            assert answers[-1].isdecimal()
+            assert any(all(hashes.get(n, v) == v for n, v in version.items()) for version in (originals, changed))
+            shutil.rmtree(work.output)
+        else:
+            assert answers[-1].startswith("ValueError") and "changed while it was copied" in answers[-1]
+        work.put_back_source()
+        assert work.check() is False
+    assert any(answer.startswith("ValueError") for answer in answers)
+
+
 def test_the_partial_folder_is_taken_away(work):
     def take():
         for partial in work.folder.glob(".output.*.partial"):
@@ -255,6 +293,53 @@ def test_the_disk_is_read_only(work, disk):
     remount(disk, "rw,size=8m")
     work.operation(work.source, disk / "output")
     assert file_bytes(disk / "output") == work.expected and file_bytes(work.source) == work.before
+
+
+def test_the_output_is_a_mount_point(work, disk):
+    with pytest.raises(ValueError, match="disk is a mount point, which cannot be replaced"):
+        work.operation(work.source, disk)
+    assert not any(disk.iterdir())
+
+
+def test_nothing_may_be_written_beside_the_output(work):
+    def without_rights():
+        if os.getuid() == 0:
+            os.setresuid(65534, 65534, 65534)
+        work.run()
+
+    with tempfile.TemporaryDirectory() as folder:
+        # Where anybody may look
+        work.source = shutil.copytree(work.source, Path(folder) / "source")
+        work.output = Path(folder) / "output"
+        for path in work.source.rglob("*"):
+            path.chmod(0o755)
+        Path(folder).chmod(0o555)
+        signal, answer = in_child(without_rights)
+        assert signal == 0 and answer.startswith("PermissionError") and "beside the output" in answer, answer
+        assert [path.name for path in Path(folder).iterdir()] == ["source"]
+        Path(folder).chmod(0o755)
+
+
+def test_what_was_closed_stays_closed(work):
+    for path in work.source.rglob("*.*"):
+        path.chmod(0o700 if path.is_dir() else 0o600)
+    (work.source / "LICENSE").chmod(0o444)
+    work.output.mkdir(mode=0o700)
+    work.run()
+    assert work.output.stat().st_mode & 0o777 == 0o700
+    names = {path.name for path in work.source.glob("*.safetensors")} | {"config.json", "README.md", "tokenizer.json"}
+    assert {path.name for path in work.output.iterdir() if path.stat().st_mode & 0o777 == 0o600} >= names & {
+        path.name for path in work.output.iterdir()
+    }
+    # One that cannot be written to could not be saved over
+    assert (work.output / "LICENSE").stat().st_mode & 0o777 == 0o644
+    assert work.check()
+
+
+def test_a_long_name(work):
+    work.output = work.output.with_name("n" * 255)
+    work.run()
+    assert file_bytes(work.output) == work.expected
 
 
 def race(work, runs=2):

@@ -1,7 +1,7 @@
 """
 Whatever stands in config.json, an index or a header: a whole retrofit or an error that says so, and nothing else.
 
-Some seconds here; `python tests/soak.py fuzz` and `python tests/soak.py coverage` go on for longer.
+Some seconds here; `python tests/soak.py fuzz` and `python tests/fuzz_coverage.py` go on for longer.
 """
 
 import json
@@ -63,6 +63,10 @@ def retrofit_fields():
     return sorted(json.loads((a_retrofit() / "config.json").read_text()))
 
 
+def base_shards():
+    return sorted(path.name for path in (bases() / "sharded").glob("*.safetensors"))
+
+
 def outcome(folder):
     """Retrofits and reverts it, or says why not. Either way nothing else is there and the source is as it was."""
     before, here = file_bytes(folder), folder.parent
@@ -113,8 +117,10 @@ def any_config(fields, removed, changes):
     return with_changed("single", change)
 
 
-def any_tokenizer(fields, changes, tokenizer_changes):
+def any_tokenizer(fields, special_tokens, changes, tokenizer_changes):
     def change(folder):
+        if special_tokens is not None:
+            (folder / "special_tokens_map.json").write_text(json.dumps(special_tokens))
         config = json.loads((folder / "tokenizer_config.json").read_text())
         (folder / "tokenizer_config.json").write_text(json.dumps({**config, **fields}))
         overwrite(folder / "tokenizer_config.json", changes)
@@ -149,7 +155,7 @@ def any_header(entry, entries, length, changes):
     return with_changed("single", change)
 
 
-def any_retrofit(fields, changes, base_index, index_changes):
+def any_retrofit(fields, changes, base_index, renamed, index_changes):
     """What `revert` is given."""
     with tempfile.TemporaryDirectory() as work, warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -158,6 +164,8 @@ def any_retrofit(fields, changes, base_index, index_changes):
         (folder / "config.json").write_text(json.dumps({**config, **fields}))
         overwrite(folder / "config.json", changes)
         index = json.loads((folder / "attnres_base" / INDEX).read_text())
+        # The names by which `revert` writes
+        index["weight_map"] = {name: renamed.get(shard, shard) for name, shard in index["weight_map"].items()}
         (folder / "attnres_base" / INDEX).write_text(json.dumps({**index, **base_index}))
         overwrite(folder / "attnres_base" / INDEX, index_changes)
         before = file_bytes(folder)
@@ -184,6 +192,9 @@ ENTRY = st.fixed_dictionaries(
     },
 )
 TENSOR_NAMES = st.sampled_from([NORM, "a", "../a", "/a", "__metadata__", "model.embed_tokens.weight"])
+TOKENIZER_FIELDS = st.sampled_from(
+    ["tokenizer_class", "backend", "auto_map", "pad_token", "vocab_file", "tokenizer_file", "fast_tokenizer_files"]
+)
 TARGETS = {
     any_config: {
         "fields": st.dictionaries(st.deferred(lambda: st.sampled_from(config_fields())), VALUES, max_size=3),
@@ -191,7 +202,8 @@ TARGETS = {
         "changes": BYTES,
     },
     any_tokenizer: {
-        "fields": st.dictionaries(st.sampled_from(["tokenizer_class", "backend", "auto_map", "pad_token"]), VALUES),
+        "fields": st.dictionaries(TOKENIZER_FIELDS, VALUES, max_size=4),
+        "special_tokens": st.none() | st.dictionaries(TOKENIZER_FIELDS, VALUES, max_size=3) | VALUES,
         "changes": BYTES,
         "tokenizer_changes": BYTES,
     },
@@ -204,6 +216,7 @@ TARGETS = {
         "fields": st.dictionaries(st.deferred(lambda: st.sampled_from(retrofit_fields())), VALUES, max_size=3),
         "changes": BYTES,
         "base_index": st.dictionaries(st.just("weight_map"), VALUES, max_size=1),
+        "renamed": st.dictionaries(st.deferred(lambda: st.sampled_from(base_shards())), SHARD_NAMES, max_size=2),
         "index_changes": BYTES,
     },
     any_header: {

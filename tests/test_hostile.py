@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from conftest import MIXTURES
+from safetensors.torch import load_file, save_file
 from test_conversion import file_bytes, save_base, spoil_config
 from test_crash_safety import in_child
 
@@ -119,10 +120,35 @@ def config(**fields):
     return lambda folder: spoil_config(folder, **fields)
 
 
+def without(part):
+    """The weights of a base that lacks the tensors with this in their name."""
+
+    def spoil(folder):
+        file = folder / "model.safetensors"
+        save_file({name: value for name, value in load_file(file).items() if part not in name}, file)
+
+    return spoil
+
+
 def nested(depth):
     return lambda content: f'{content.rstrip()[:-1]}, "deep": {"[" * depth}{"]" * depth}}}'
 
 
+def tokenizer(**fields):
+    def spoil(folder):
+        content = json.loads((folder / "tokenizer_config.json").read_text())
+        (folder / "tokenizer_config.json").write_text(json.dumps({**content, **fields}))
+
+    return spoil
+
+
+def empty_tensor(header, shape):
+    end = max(entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
+    return json.dumps({**header, "zzz": {"dtype": "F32", "shape": shape, "data_offsets": [end, end]}})
+
+
+FP8 = {"quant_method": "fp8"}
+MISSHAPEN = r"has the shape \[.*\], but config.json makes it"
 NOT_WHOLE = "truncated or not a safetensors file"
 INVALID = "No valid configuration from .*config.json"
 HOSTILE = {
@@ -150,6 +176,56 @@ HOSTILE = {
         lambda folder: [(folder / "model.safetensors").unlink(), (folder / "model.safetensors").mkdir()],
         "model.safetensors",
     ),
+    "weights: a tensor is missing": (without("1.mlp.up_proj.w"), "holds no tensor 'model.layers.1.mlp.up_proj.weight'"),
+    "weights: no head": (config(tie_word_embeddings=False), "holds no tensor 'lm_head.weight'"),
+    "weights: no last norm": (without(NORM), f"holds no tensor '{NORM}'"),
+    "config: a layer more than the weights": (config(num_hidden_layers=3), r"holds no tensor 'model.layers.2\."),
+    "config: weights by another name": (
+        config(transformers_weights="tokenizer.json"),
+        "`transformers_weights` of .* names a file of weights, 'tokenizer.json'",
+    ),
+    "config: no positions": (config(max_position_embeddings=0), "`max_position_embeddings` .* is 0"),
+    "config: quantised, by nothing": (config(quantization_config={}), "has None for its `quant_method`"),
+    "config: quantised, by nobody": (
+        config(quantization_config={"quant_method": "x"}),
+        "has 'x' for its `quant_method`",
+    ),
+    "config: another width, said to be quantised": (config(intermediate_size=99, quantization_config=FP8), MISSHAPEN),
+    "config: another vocabulary, said to be quantised": (config(vocab_size=50, quantization_config=FP8), MISSHAPEN),
+    "config: endless width, said to be quantised": (
+        config(hidden_size=2**33, head_dim=8, quantization_config=FP8),
+        f"{MISSHAPEN}|No model can be built",
+    ),
+    "weights: one is missing, said to be quantised": (
+        lambda folder: [without("1.mlp.up_proj.w")(folder), config(quantization_config=FP8)(folder)],
+        "holds no tensor 'model.layers.1.mlp.up_proj.weight'",
+    ),
+    "header: a shape that no number counts": (
+        raw_header(lambda text, header: empty_tensor(header, [0, 2**63])),
+        "No model can be built",
+    ),
+    "header: strides that no number counts": (
+        raw_header(lambda text, header: empty_tensor(header, [0, 2**62, 2**62])),
+        "No model can be built",
+    ),
+    "weights: a tensor of ours": (
+        lambda folder: save_file(
+            {**load_file(folder / "model.safetensors"), "model.layers.0.mlp_res.query": torch.zeros(32)},
+            folder / "model.safetensors",
+        ),
+        "holds a tensor 'model.layers.0.mlp_res.query' already",
+    ),
+    "tokenizer config: a path in a library's options": (
+        lambda folder: [
+            (folder.parent / "spiece.model").write_text(""),
+            tokenizer(sp_model_kwargs={"model_file": "../spiece.model"})(folder),
+        ],
+        "`sp_model_kwargs` of .* names '../spiece.model', a file outside",
+    ),
+    "tokenizer config: another program's options": (
+        tokenizer(mecab_kwargs={"mecab_option": "-r /etc/passwd"}),
+        "`mecab_kwargs` of .*, options of another program",
+    ),
     "config: one key twice": (
         text("config.json", lambda content: content.replace("{", '{"model_type": "mistral",', 1)),
         "config.json is not valid JSON: 'model_type' stands there twice",
@@ -167,7 +243,7 @@ HOSTILE = {
     "config: endless vocabulary": (config(vocab_size=10**15), "shape|No model can be built"),
     "config: endless heads": (config(num_attention_heads=2**62), "shape|No model can be built|No valid"),
     "config: no heads": (config(num_attention_heads=0), "No model can be built|No valid"),
-    "config: another width": (config(intermediate_size=99), r"has the shape \[48, 32\], but config.json makes it"),
+    "config: another width": (config(intermediate_size=99), r"has the shape \[32, 48\], but config.json makes it"),
     "config: width of a wrong type": (config(hidden_size="32"), INVALID),
     "config: width null": (config(hidden_size=None), INVALID),
     "config: rope of a wrong type": (config(rope_parameters=[1]), f"{INVALID}|No model can be built"),
@@ -217,7 +293,15 @@ def second_shard_again(folder):
     write_shard(second, header, body + bytes(size))
 
 
+def forget_a_shard(folder):
+    content = json.loads((folder / INDEX).read_text())
+    last = max(content["weight_map"].values())
+    content["weight_map"] = {name: shard for name, shard in content["weight_map"].items() if shard != last}
+    (folder / INDEX).write_text(json.dumps(content))
+
+
 HOSTILE_INDEX = {
+    "a shard that it does not name": (forget_a_shard, "holds no tensor"),
     "a file outside": (index(a="../elsewhere/secret"), "names the shard '../elsewhere/secret'"),
     "an absolute path": (lambda folder: index(a=str(folder / "config.json"))(folder), "names the shard '/"),
     "the folder": (index(a="."), "names the shard '.'"),
@@ -246,6 +330,36 @@ def test_an_index_that_lies_is_refused(case, sharded, secret, tmp_path):
         retrofit(sharded, tmp_path / "output")
     assert not was_read(secret)
     assert file_bytes(tmp_path) == before
+
+
+EXPERTS = {"num_local_experts", "num_experts", "n_routed_experts"}
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_experts_that_do_not_fit_are_refused(family, tmp_path):
+    """In some families each expert lies in tensors of its own on the disk, in others not."""
+    base = save_base(tmp_path / "base", family)
+    content = json.loads((base / "config.json").read_text())
+    (number,) = EXPERTS & content.keys()
+    width = "moe_intermediate_size" if "moe_intermediate_size" in content else "intermediate_size"
+    for field in (number, width):
+        for value in (content[field] * 2, 2**40):
+            spoil_config(base, **{**content, field: value})
+            with pytest.raises(ValueError, match="has the shape|holds no tensor|No model can be built"):
+                retrofit(base, tmp_path / "output")
+    assert {path.name for path in tmp_path.iterdir()} == {"base"}
+    # Of a quantised base no shape is known, but that there are some in each layer
+    (base / "config.json").write_text(json.dumps({**content, "quantization_config": FP8}))
+    file = base / "model.safetensors"
+    weights = load_file(file)
+    of_a_layer = [name for name in weights if ".4." in name and ".experts." in name]
+    if not of_a_layer:
+        # GraniteMoE has one tensor for all experts of a layer
+        assert family == "granitemoe"
+        return
+    save_file({name: value for name, value in weights.items() if name not in of_a_layer}, file)
+    with pytest.raises(ValueError, match=r"holds no tensor 'model.layers.4.*experts"):
+        retrofit(base, tmp_path / "output")
 
 
 def test_names_of_tensors_are_no_paths(base, tmp_path):
@@ -293,16 +407,18 @@ def test_links_within_the_folder_and_in_the_hub_cache_are_followed(base, tmp_pat
     output = retrofit(base, tmp_path / "output")
     assert file_bytes(output) == {**expected, "weights": (base / "weights").read_bytes()}
 
-    snapshot = tmp_path / "models--a--base" / "snapshots" / "base"
-    blobs = tmp_path / "models--a--base" / "blobs"
-    snapshot.mkdir(parents=True)
-    blobs.mkdir()
-    for number, file in enumerate(base.iterdir()):
-        if file.is_file() and file.name != "weights":
-            shutil.copy(file, blobs / str(number))
-            (snapshot / file.name).symlink_to(f"../../blobs/{number}")
     expected.pop("additional_chat_templates/tools.jinja")
-    assert file_bytes(retrofit(snapshot, tmp_path / "of_snapshot")) == expected
+    blobs = tmp_path / "models--a--base" / "blobs"
+    blobs.mkdir(parents=True)
+    # A repository that is a model, and one that holds it in a folder
+    for revision in ("base", "main/base"):
+        snapshot = tmp_path / "models--a--base" / "snapshots" / revision
+        snapshot.mkdir(parents=True)
+        for number, file in enumerate(base.iterdir()):
+            if file.is_file() and file.name != "weights":
+                shutil.copy(file, blobs / str(number))
+                (snapshot / file.name).symlink_to(os.path.relpath(blobs / str(number), snapshot))
+        assert file_bytes(retrofit(snapshot, tmp_path / f"of_{revision}")) == expected
     (blobs / "0").unlink()
     (blobs / "0").symlink_to(base / "config.json")
     with pytest.raises(ValueError, match="is a link out of the folder"):

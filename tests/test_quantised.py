@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import tiny_base
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_conversion import new_shard, tensor_hashes
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 
@@ -50,3 +50,9 @@ def test_a_retrofit_of_a_quantised_base(name, tmp_path):
     assert verify(tmp_path / "base", output).passed
     revert(output, tmp_path / "reverted")
     assert tensor_hashes(tmp_path / "reverted") == base_hashes
+
+    file = tmp_path / "base" / "model.safetensors"
+    tensors = {name: value for name, value in load_file(file).items() if "1.mlp.up_proj" not in name}
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="holds no tensor 'model.layers.1.mlp.up_proj.weight'"):
+        retrofit(tmp_path / "base", tmp_path / "incomplete")
