@@ -71,11 +71,11 @@ PEERS = {"einsum as published": einsum_as_published, "fla, naive": fla_naive}
 CUDA_PEERS = {"plain PyTorch": streaming_depth_attention, "flash-attn-res": flash_attn_res}
 
 
-def attnres_of(base: LlamaForCausalLM, blocks: str, operator=None) -> AttnResForCausalLM:
+def attnres_of(base: LlamaForCausalLM, blocks: str, operator=None, implementation="auto") -> AttnResForCausalLM:
     """An AttnRes model that shares the base's weights, has random queries, and may compute them by another operator."""
     layers = base.config.num_hidden_layers
     shape = {"attn_res_type": "full"} if blocks == "full" else {"attn_res_block_size": max(1, layers // int(blocks))}
-    config = AttnResConfig.from_base_config(base.config, **shape)
+    config = AttnResConfig.from_base_config(base.config, attn_res_implementation=implementation, **shape)
     with torch.device("meta"):
         model = AttnResForCausalLM(config)
     weights = base.state_dict()
@@ -195,6 +195,7 @@ def main():
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--gradient-checkpointing", action="store_true")
+    parser.add_argument("--implementation", choices=["auto", "eager", "fused"], default="auto", help="of AttnRes")
     parser.add_argument("--compile", action="store_true", help="compile the forward passes")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--output", type=Path, help="JSON file for the figures")
@@ -204,7 +205,9 @@ def main():
     base = LlamaForCausalLM(LlamaConfig(**SIZES[args.size])).to(args.device, getattr(torch, args.dtype))
     models = {"base": base}
     for blocks in args.blocks:
-        models[blocks if blocks == "full" else f"{blocks} blocks"] = attnres_of(base, blocks)
+        models[blocks if blocks == "full" else f"{blocks} blocks"] = attnres_of(
+            base, blocks, implementation=args.implementation
+        )
     for peer in args.peers:
         models[f"{args.blocks[0]} blocks, {peer}"] = attnres_of(base, args.blocks[0], (PEERS | CUDA_PEERS)[peer])
     for model in models.values():
@@ -221,7 +224,10 @@ def main():
         "transformers": transformers.__version__,
         "parameters": base.num_parameters(),
     }
-    options = {"size": args.size, "dtype": args.dtype, "gradient_checkpointing": args.gradient_checkpointing}
+    options = {
+        **{"size": args.size, "dtype": args.dtype, "gradient_checkpointing": args.gradient_checkpointing},
+        **{"implementation": args.implementation, "compiled": args.compile},
+    }
     print(*(f"{name}: {value}" for name, value in {**machine, **options}.items()), sep=", ")
     print("\n| | tokens | | seconds | of the base's time | of its peak memory |\n|---|---|---|---|---|---|")
     rows = []
@@ -229,7 +235,7 @@ def main():
         tokens = torch.randint(0, base.config.vocab_size, (1, length), device=args.device)
         for name in args.measure:
             for row in measure(name, models, tokens, args.rounds):
-                rows.append({**options, "compiled": args.compile, **row})
+                rows.append({**options, **row})
                 print(
                     f"| {name} | {length} | {row['variant']} | {statistics.median(row['seconds']):.3g} | "
                     f"{row['ratio']:.3f} ({row['least']:.3f} to {row['greatest']:.3f}) | {row['memory_ratio']:.3f} |",

@@ -93,9 +93,10 @@ class AttnResConfig(PreTrainedConfig):
             What the logits `q · RMSNorm(v)` are divided by. An optimizer with normalised steps, like Adam, moves them
             by up to learning rate × `hidden_size` / temperature a step. The paper has none, that is 1.0.
         attn_res_implementation (`str`, *optional*, defaults to `"auto"`):
-            What computes the depth attention. `"eager"`: PyTorch. `"fused"`: the kernel of the package
-            flash-linear-attention, on a CUDA device. `"auto"`: the kernel where it is there and the model is not
-            compiled. As with `attn_implementation`, it is not saved.
+            What computes the depth attention. `"eager"`: PyTorch. `"fused"`: on a CUDA device the kernel of the
+            package flash-linear-attention, elsewhere what `torch.compile` makes of the operator, which needs a C++
+            compiler. `"auto"`: the kernel where it is there and the model is not compiled, else PyTorch. As with
+            `attn_implementation`, it is not saved.
         kwargs:
             The base's own fields.
 

@@ -4,7 +4,7 @@
 import torch
 from torch import nn
 
-from .fused_depth_attention import fused_depth_attention, fused_kernel
+from .fused_depth_attention import compiled_depth_attention, fused_depth_attention, fused_kernel
 from .streaming_depth_attention import streaming_depth_attention
 
 
@@ -75,14 +75,11 @@ def choose_implementation(name: str, source: torch.Tensor):
         # A compiler fuses by itself; the kernel computes in float32
         takes_kernel = source.is_cuda and source.dtype != torch.float64 and not torch.compiler.is_compiling()
         name = "fused" if takes_kernel and fused_kernel() is not None else "eager"
-    if name == "eager":
-        return streaming_depth_attention if source.numel() > STREAMING_SIZE else depth_attention
-    if not source.is_cuda:
-        raise ValueError(
-            f"`attn_res_implementation` is 'fused', which needs a CUDA device, but the model is on "
-            f"'{source.device.type}'. Choose 'auto' or 'eager'."
-        )
-    return fused_depth_attention
+    if name == "fused" and source.is_cuda:
+        return fused_depth_attention
+    if source.numel() <= STREAMING_SIZE:
+        return depth_attention
+    return streaming_depth_attention if name == "eager" else compiled_depth_attention()
 
 
 class DepthAttentionWeights(nn.Module):

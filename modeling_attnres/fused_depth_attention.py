@@ -1,10 +1,25 @@
 # Copyright 2026 The modeling_attnres authors. Licensed under the Apache License, Version 2.0.
-"""Depth attention by the fused kernel of flash-linear-attention, an optional package, on a GPU."""
+"""Depth attention in few kernels: on a GPU those of flash-linear-attention, elsewhere those of torch's compiler."""
 
 from collections.abc import Callable
 from functools import cache
 
 import torch
+
+from .streaming_depth_attention import streaming_depth_attention
+
+
+@cache
+def compiled_depth_attention() -> Callable:
+    """
+    [`streaming_depth_attention`], which a compiler makes into loops that read half precision as it lies. It compiles
+    for each number of sources, when first called with it.
+    """
+    try:
+        # By itself torch gives up after eight
+        return torch.compile(streaming_depth_attention, recompile_limit=256)
+    except TypeError:  # torch before 2.13
+        return torch.compile(streaming_depth_attention)
 
 
 @cache

@@ -1,5 +1,6 @@
 """The operators against fla's reference and a float64 formula, in value and gradient."""
 
+import shutil
 import sys
 from types import SimpleNamespace
 
@@ -234,11 +235,32 @@ def test_fused_on_cuda(scale):
         assert (tensor.grad - expected_tensor.grad).abs().max() < 1e-4 * expected_tensor.grad.abs().max()
 
 
-def test_fused_without_cuda_or_without_fla_says_what_is_missing(fla_is_imported_anew, monkeypatch):
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch compiles by a C++ compiler")
+@pytest.mark.parametrize("scale", ["sum", "mean"])
+def test_fused_on_a_cpu(scale, monkeypatch):
+    """By torch's compiler; for more numbers of sources than it takes by itself, and for another number of tokens."""
+    monkeypatch.setattr(sys.modules[DepthAttention.__module__], "STREAMING_SIZE", 0)
+    module = DepthAttention(AttnResConfig(hidden_size=64, attn_res_scale=scale, attn_res_implementation="fused"))
+    counts = [*((count, 8) for count in range(2, 11)), (3, 9)]
+    torch._dynamo.reset()
+    for count, tokens in counts:
+        tensors = inputs(count, shape=(2, tokens, 64))
+        expected_tensors = [tensor.detach().double().requires_grad_() for tensor in tensors]
+        module.query, module.key_norm = (torch.nn.Parameter(tensor.detach()) for tensor in tensors[:2])
+        output, expected = module(*tensors[2:]), formula(*expected_tensors, scale=scale)
+        assert (output - expected).abs().max() < 1e-5 * expected.abs().max()
+        output.sum().backward()
+        expected.sum().backward()
+        for tensor, expected_tensor in zip((module.query, module.key_norm, *tensors[2:]), expected_tensors):
+            assert (tensor.grad - expected_tensor.grad).abs().max() < 1e-4 * expected_tensor.grad.abs().max()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= len(counts), "each of them is compiled"
+    half = [tensor.detach() for tensor in inputs(4, torch.bfloat16, shape=(2, 8, 64))[2:]]
+    expected = formula(module.query.detach(), module.key_norm.detach(), *half, scale=scale)
+    torch.testing.assert_close(module(*half), expected.bfloat16(), rtol=2**-7, atol=1e-5)
+
+
+def test_fused_without_fla_says_what_is_missing(fla_is_imported_anew, monkeypatch):
     query, key_norm, *sources = inputs(2)
-    module = DepthAttention(AttnResConfig(attn_res_implementation="fused"))
-    with pytest.raises(ValueError, match="`attn_res_implementation` is 'fused'.*'cpu'.*Choose 'auto' or 'eager'"):
-        module(*sources)
     monkeypatch.setitem(sys.modules, "fla.ops.attnres", None)  # as in an fla older than 0.6
     with pytest.raises(
         ImportError, match="`attn_res_implementation` is 'fused'.*pip install -U flash-linear-attention"

@@ -157,7 +157,9 @@ def test_the_code_that_travels_is_minimal_and_names_nothing_dangerous(tmp_path):
     output = retrofit(save_base(tmp_path / "base"), tmp_path / "attnres")
     files = list(output.glob("*.py"))
     for path in files:
-        names = {getattr(node, "id", getattr(node, "attr", None)) for node in ast.walk(ast.parse(path.read_text()))}
+        # `torch.compile` compiles the function that it is given, Python's own any text
+        nodes = [node for node in ast.walk(ast.parse(path.read_text())) if ast.unparse(node) != "torch.compile"]
+        names = {getattr(node, "id", getattr(node, "attr", None)) for node in nodes}
         assert not names & FORBIDDEN, path.name
     assert sum(len(path.read_text().splitlines()) for path in files) < 1200, "to be read before it is trusted"
 
