@@ -125,7 +125,7 @@ def inspect(
 ):
     """Show where the sublayers of a checkpoint look: tables, pictures (--output) and a page (--html)."""
     with errors_in_one_line():
-        from .inspect_checkpoint import TEXT, inspect_checkpoint, tables
+        from .inspect_checkpoint import TEXT, inspect_checkpoint, labels, tables
         from .pictures import require_matplotlib
 
         if output is not None:
@@ -139,6 +139,8 @@ def inspect(
         options = {"max_tokens": max_tokens, "revision": revision}
         inspections = [inspect_checkpoint(checkpoint, content, **options) for checkpoint in earlier]
         inspections.append(inspect_checkpoint(last, content, base, ablate, **options))
+        for inspection, label in zip(inspections, labels(checkpoints)):
+            inspection.name = label
         typer.echo(tables(inspections))
         if output is not None:
             from .pictures import write_pictures

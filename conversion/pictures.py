@@ -153,8 +153,8 @@ def _heat_map_panels(figure, inspection: Inspection, count: int) -> list["Axes"]
 
 def _heat_map(axes: "Axes", inspection: Inspection, values, **options):
     image = axes.imshow(values.numpy(), aspect="auto", interpolation="nearest", **options)
-    # What a sublayer does not have is neither dark nor light
-    axes.set_facecolor("white")
+    # Hatched where there is nothing: a sublayer that does not have the source is no sublayer that gives it no weight
+    axes.patch.set(facecolor="white", edgecolor="0.6", hatch="/////", linewidth=0)
     axes.set_xticks(range(len(inspection.sources)), inspection.sources, rotation=90, fontsize=7)
     axes.set_yticks(range(len(inspection.sublayers)), inspection.sublayers, fontsize=6)
     axes.set_xlabel("source")
