@@ -76,18 +76,27 @@ def verify(
     attnres: Annotated[str, typer.Argument(help="Folder or Hub id of the AttnRes checkpoint.")],
     revision: Revision = None,
 ):
-    """Compare an AttnRes checkpoint with its base: structure, then logits in float32. Exits with 1 if they differ."""
+    """
+    Compare an AttnRes checkpoint with its base: structure, then logits in float32. Exits with 1 if they differ; if not,
+    a folder's model card says so from then on.
+    """
     with errors_in_one_line():
+        from .push import keep_verification
         from .verify import TOLERANCE, verify
 
         result = verify(base, attnres, revision)
-    typer.echo(
-        f"Largest difference {result.max_difference:.2e}, largest logit {result.max_logit:.2e}: "
-        f"{result.relative_difference:.1e} of it, {TOLERANCE:.0e} allowed."
-    )
-    if not result.passed:
-        typer.echo("The two compute different things.", err=True)
-        raise typer.Exit(1)
+        typer.echo(
+            f"Largest difference {result.max_difference:.2e}, largest logit {result.max_logit:.2e}: "
+            f"{result.relative_difference:.1e} of it, {TOLERANCE:.0e} allowed."
+        )
+        if not result.passed:
+            typer.echo("The two compute different things.", err=True)
+            raise typer.Exit(1)
+        if (Path(attnres) / "README.md").is_file():
+            try:
+                keep_verification(Path(attnres), result)
+            except (OSError, ValueError) as error:
+                typer.echo(f"Its card does not say so: {error}", err=True)
 
 
 @app.command()

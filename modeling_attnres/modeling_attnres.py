@@ -175,6 +175,7 @@ class AttnResPreTrainedModel(PreTrainedModel):
             if recorder is not None and recorder not in self._can_record_outputs[name]:
                 self._can_record_outputs[name].append(recorder)
         super().__init__(config, *args, **kwargs)
+        self.add_model_tags("attnres")
         self.use_base_checkpoint_layout()
 
     @property
