@@ -11,6 +11,7 @@ from .inspect_checkpoint import Inspection, require_one_shape
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+STYLE = {"font.size": 8, "axes.titlesize": 9, "figure.constrained_layout.use": True, "hatch.linewidth": 0.5}
 # Told apart by the colour-blind, and by their lines in print
 LINES = [("#0072B2", "-", "o"), ("#D55E00", "--", "s"), ("#009E73", "-.", "^"), ("#CC79A7", ":", "D")]
 # From dark to light in one order, also in grey; and the two-sided one, white at zero
@@ -56,7 +57,7 @@ def write_pictures(inspections: list[Inspection], folder: str | Path) -> list[Pa
         drawings["dilution.png"] = draw_dilution
     files = []
     for name, draw in drawings.items():
-        with matplotlib.rc_context({"font.size": 8, "axes.titlesize": 9, "figure.constrained_layout.use": True}):
+        with matplotlib.rc_context(STYLE):
             figure = Figure()
             FigureCanvasAgg(figure)
             draw(figure, inspections)
