@@ -76,18 +76,27 @@ def verify(
     attnres: Annotated[str, typer.Argument(help="Folder or Hub id of the AttnRes checkpoint.")],
     revision: Revision = None,
 ):
-    """Compare an AttnRes checkpoint with its base: structure, then logits in float32. Exits with 1 if they differ."""
+    """
+    Compare an AttnRes checkpoint with its base: structure, then logits in float32. Exits with 1 if they differ; if not,
+    a folder's model card says so from then on.
+    """
     with errors_in_one_line():
+        from .push import keep_verification
         from .verify import TOLERANCE, verify
 
         result = verify(base, attnres, revision)
-    typer.echo(
-        f"Largest difference {result.max_difference:.2e}, largest logit {result.max_logit:.2e}: "
-        f"{result.relative_difference:.1e} of it, {TOLERANCE:.0e} allowed."
-    )
-    if not result.passed:
-        typer.echo("The two compute different things.", err=True)
-        raise typer.Exit(1)
+        typer.echo(
+            f"Largest difference {result.max_difference:.2e}, largest logit {result.max_logit:.2e}: "
+            f"{result.relative_difference:.1e} of it, {TOLERANCE:.0e} allowed."
+        )
+        if not result.passed:
+            typer.echo("The two compute different things.", err=True)
+            raise typer.Exit(1)
+        if (Path(attnres) / "README.md").is_file():
+            try:
+                keep_verification(Path(attnres), result)
+            except (OSError, ValueError) as error:
+                typer.echo(f"Its card does not say so: {error}", err=True)
 
 
 @app.command()
@@ -125,7 +134,7 @@ def inspect(
 ):
     """Show where the sublayers of a checkpoint look: tables, pictures (--output) and a page (--html)."""
     with errors_in_one_line():
-        from .inspect_checkpoint import TEXT, inspect_checkpoint, tables
+        from .inspect_checkpoint import TEXT, inspect_checkpoint, labels, tables
         from .pictures import require_matplotlib
 
         if output is not None:
@@ -139,6 +148,8 @@ def inspect(
         options = {"max_tokens": max_tokens, "revision": revision}
         inspections = [inspect_checkpoint(checkpoint, content, **options) for checkpoint in earlier]
         inspections.append(inspect_checkpoint(last, content, base, ablate, **options))
+        for inspection, label in zip(inspections, labels(checkpoints)):
+            inspection.name = label
         typer.echo(tables(inspections))
         if output is not None:
             from .pictures import write_pictures

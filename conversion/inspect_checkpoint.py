@@ -1,6 +1,7 @@
 # Copyright 2026 The modeling_attnres authors. Licensed under the Apache License, Version 2.0.
 """Inspect: where do the sublayers of a checkpoint look, how decidedly, and what is it good for?"""
 
+import os
 from dataclasses import dataclass
 from math import inf
 from pathlib import Path
@@ -132,7 +133,7 @@ def inspect_checkpoint(
         for row, recorded in zip(weights, output.depth_attentions):
             row[:, : recorded.shape[-1]] = recorded[0]
         inspection = Inspection(
-            name=Path(checkpoint).name if Path(checkpoint).is_dir() else str(checkpoint),
+            name=labels([checkpoint])[0],
             sublayers=sublayers,
             sources=sources,
             tokens=tokens,
@@ -152,6 +153,17 @@ def inspect_checkpoint(
             )
         inspection.base_dilution = _dilution(base_model, input_ids)
     return inspection
+
+
+def labels(checkpoints: list[str | Path]) -> list[str]:
+    """Names of checkpoints: Hub ids, and of folders the shortest ends of their paths that tell them apart."""
+    ids = [str(checkpoint) for checkpoint in checkpoints]
+    parts = [Path(os.path.abspath(name)).parts if os.path.isdir(name) else (name,) for name in ids]
+    for length in range(1, max(map(len, parts)) + 1):
+        names = [os.path.join(*path[-length:]) for path in parts]
+        if len(set(names)) == len(set(parts)):
+            break
+    return names
 
 
 def require_one_shape(inspections: list[Inspection]) -> None:

@@ -11,6 +11,7 @@ from .inspect_checkpoint import Inspection, require_one_shape
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+STYLE = {"font.size": 8, "axes.titlesize": 9, "figure.constrained_layout.use": True, "hatch.linewidth": 0.5}
 # Told apart by the colour-blind, and by their lines in print
 LINES = [("#0072B2", "-", "o"), ("#D55E00", "--", "s"), ("#009E73", "-.", "^"), ("#CC79A7", ":", "D")]
 # From dark to light in one order, also in grey; and the two-sided one, white at zero
@@ -56,7 +57,7 @@ def write_pictures(inspections: list[Inspection], folder: str | Path) -> list[Pa
         drawings["dilution.png"] = draw_dilution
     files = []
     for name, draw in drawings.items():
-        with matplotlib.rc_context({"font.size": 8, "axes.titlesize": 9, "figure.constrained_layout.use": True}):
+        with matplotlib.rc_context(STYLE):
             figure = Figure()
             FigureCanvasAgg(figure)
             draw(figure, inspections)
@@ -153,8 +154,8 @@ def _heat_map_panels(figure, inspection: Inspection, count: int) -> list["Axes"]
 
 def _heat_map(axes: "Axes", inspection: Inspection, values, **options):
     image = axes.imshow(values.numpy(), aspect="auto", interpolation="nearest", **options)
-    # What a sublayer does not have is neither dark nor light
-    axes.set_facecolor("white")
+    # Hatched where there is nothing: a sublayer that does not have the source is no sublayer that gives it no weight
+    axes.patch.set(facecolor="white", edgecolor="0.6", hatch="/////", linewidth=0)
     axes.set_xticks(range(len(inspection.sources)), inspection.sources, rotation=90, fontsize=7)
     axes.set_yticks(range(len(inspection.sublayers)), inspection.sublayers, fontsize=6)
     axes.set_xlabel("source")

@@ -25,7 +25,7 @@ def push(
         checkpoint (`str` or `Path`): folder of an AttnRes checkpoint.
         name (`str`): Hub id, `owner/name` or `name`. The repository is made if it is not there.
         private (`bool`, *optional*, defaults to `False`): whether a new repository is private.
-        verification ([`Verification`], *optional*): what [`verify`] found.
+        verification ([`Verification`], *optional*): what [`verify`] found of it.
 
     Returns:
         `str`: the address of the repository.
@@ -39,12 +39,19 @@ def push(
     # Of the HTTP client that this version of huggingface_hub has: an error of the Hub's, or no connection at all
     from huggingface_hub.errors import HTTPError
 
-    from modeling_attnres.model_card import PLACEHOLDER
+    from modeling_attnres.model_card import for_hub, with_pictures
 
     files = read_checkpoint(Path(checkpoint))
     if files.config["model_type"] != "attnres":
         raise ValueError(f"{files.folder} is not AttnRes: its `model_type` is {files.config['model_type']!r}.")
-    card = _card(files.folder, verification)
+    if not (files.folder / "README.md").is_file():
+        raise FileNotFoundError(
+            f"{files.folder} has no README.md: copy the retrofit's and say what was done since, or use "
+            "`model.push_to_hub`."
+        )
+    if verification is not None:
+        keep_verification(files.folder, verification)
+    card = (files.folder / "README.md").read_text(encoding="utf-8")
     paths = [CONFIG, *files.weights.files_metadata, *map(str, files.other_files())]
     if (files.folder / INDEX).is_file():
         paths.append(INDEX)
@@ -52,7 +59,7 @@ def push(
         api = HfApi()
         repository = api.create_repo(name, private=private or None, exist_ok=True)
         operations = [CommitOperationAdd(path, str(files.folder / path)) for path in paths if path != "README.md"]
-        sent = _with_pictures(card, paths).replace(PLACEHOLDER, repository.repo_id)
+        sent = for_hub(with_pictures(card, paths), repository.repo_id)
         operations.append(CommitOperationAdd("README.md", sent.encode()))
         api.create_commit(repository.repo_id, operations, commit_message="Upload an AttnRes checkpoint")
     except (HTTPError, RuntimeError) as error:  # the latter where it was a file's upload that failed
@@ -63,33 +70,19 @@ def push(
     return str(repository)
 
 
-def _card(folder: Path, verification: Verification | None) -> str:
-    from modeling_attnres.model_card import with_section
+def keep_verification(folder: Path, verification: Verification) -> None:
+    """Writes what [`verify`] found into the card of a checkpoint, from which it is carried on."""
+    from modeling_attnres.model_card import VERIFICATION, with_section
 
+    content = (
+        "Compared with its base by `attnres verify`, in float32, before any training that followed: the largest "
+        f"difference between logits was {verification.max_difference:.2e}, the largest logit "
+        f"{verification.max_logit:.2e}. The two computed {'the same' if verification.passed else 'different things'} "
+        f"({verification.relative_difference:.1e} of it, {TOLERANCE:.0e} allowed)."
+    )
     path = folder / "README.md"
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{folder} has no README.md: copy the retrofit's and say what was done since, or use `model.push_to_hub`."
-        )
-    card = path.read_text(encoding="utf-8")
-    if verification is not None:
-        content = (
-            f"Compared with its base by `attnres verify`, in float32: the largest difference between logits is "
-            f"{verification.max_difference:.2e}, the largest logit {verification.max_logit:.2e}. "
-            f"{'The two compute the same' if verification.passed else 'The two compute different things'} "
-            f"({verification.relative_difference:.1e} of it, {TOLERANCE:.0e} allowed)."
-        )
-        card = with_section(card, "Verification", content)
-        path.write_text(card, encoding="utf-8")
-    return card
-
-
-def _with_pictures(card: str, paths: list[str]) -> str:
-    from modeling_attnres.model_card import with_section
-
-    heat_map = next((path for path in paths if Path(path).name == "weights.png"), None)
-    page = next((path for path in paths if Path(path).suffix == ".html"), None)
-    shown = [f"![Mean weight of each source in each sublayer]({heat_map})"] if heat_map else []
-    if page:
-        shown.append(f"[Token by token]({page}): a page to download and open in a browser.")
-    return with_section(card, "Depth attention", "\n\n".join(shown)) if shown else card
+    card = with_section(path.read_text(encoding="utf-8"), VERIFICATION, content)
+    # At once: a killed process must leave the old card or the new one, and a file of the Hub cache is a link
+    new = path.with_name(".README.md.partial")
+    new.write_text(card, encoding="utf-8")
+    new.replace(path)

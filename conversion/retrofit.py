@@ -376,9 +376,10 @@ def code_files() -> list[Path]:
 def _write_model_card(path: Path, metadata: dict[str, Any], base_name: str, config: "AttnResConfig") -> None:
     from modeling_attnres.model_card import model_card
 
-    state = "The base's weights are unchanged and the new queries are zero"
+    # True of it whatever comes after, since a card that is there stays when a trained model is saved beside it
+    state = "As retrofitted, its weights are the base's and its queries are zero"
     if config.attn_res_scale == "sum":
-        state += ", so the model computes what its base computes until it is trained further"
+        state += ": until it is trained further, it computes what its base computes"
     options = {
         "--type": config.attn_res_type,
         "--block-size": config.attn_res_block_size,

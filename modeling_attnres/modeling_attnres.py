@@ -175,6 +175,7 @@ class AttnResPreTrainedModel(PreTrainedModel):
             if recorder is not None and recorder not in self._can_record_outputs[name]:
                 self._can_record_outputs[name].append(recorder)
         super().__init__(config, *args, **kwargs)
+        self.add_model_tags("attnres")
         self.use_base_checkpoint_layout()
 
     @property
@@ -476,6 +477,8 @@ class AttnResForCausalLM(AttnResPreTrainedModel, GenerationMixin):
         if kwargs.get("depth_attention_mask") is not None:
             # Tensors are taken for a batch, and repeated for each beam
             kwargs["depth_attention_mask"] = torch.as_tensor(kwargs["depth_attention_mask"]).tolist()
+        if kwargs.get("output_depth_attentions") is None and getattr(self.config, "output_depth_attentions", False):
+            kwargs["output_depth_attentions"] = True
         if not kwargs.get("output_depth_attentions"):
             return super().generate(*args, **kwargs)
         with depth_attentions_of(self) as recorded:
@@ -483,6 +486,18 @@ class AttnResForCausalLM(AttnResPreTrainedModel, GenerationMixin):
         if not isinstance(output, torch.Tensor):
             output["depth_attentions"] = tuple(recorded)
         return output
+
+    def _get_candidate_generator(self, *args, model_kwargs: dict, **kwargs):
+        if model_kwargs.get("output_depth_attentions"):
+            raise ValueError(
+                "`output_depth_attentions` is True, but `generate` cannot record them in assisted generation, where a "
+                "pass also sees drafted tokens that are refused: set it to False, and afterwards call "
+                "`model(sequences, output_depth_attentions=True)` on what was generated."
+            )
+        # What drafts may be a base, or have other sources
+        own = ("output_depth_attentions", "depth_attention_mask")
+        model_kwargs = {name: value for name, value in model_kwargs.items() if name not in own}
+        return super()._get_candidate_generator(*args, model_kwargs=model_kwargs, **kwargs)
 
     def prepare_inputs_for_generation(
         self,

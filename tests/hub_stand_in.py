@@ -10,9 +10,12 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
 
+import yaml
+
 
 TOKEN = "hf_stand_in"
 USER = "someone"
+MODEL_ID = r"[\w.-]+(/[\w.-]+)?"
 
 
 class HubStandIn(ThreadingHTTPServer):
@@ -109,7 +112,11 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self):
         path, body = unquote(urlsplit(self.path).path), self.body()
         if path == "/api/validate-yaml":
-            return self.answer_json({"errors": [], "warnings": []})
+            data = yaml.safe_load(json.loads(body)["content"].split("---\n")[1])
+            bases = data.get("base_model") or []
+            wrong = [b for b in ([bases] if isinstance(bases, str) else bases) if not re.fullmatch(MODEL_ID, b)]
+            errors = [{"message": f'"base_model" with value "{base}" is not valid.'} for base in wrong]
+            return self.answer_json({"errors": errors, "warnings": []}, 400 if errors else 200)
         if not self.is_owner():
             return self.refuse(401)
         if path == "/api/repos/create":

@@ -54,6 +54,7 @@ def test_exits_with_1_and_one_line_where_something_is_wrong(tmp_path):
         assert result.returncode == 1 and message in result.stderr, result.stderr
         assert "Traceback" not in result.stderr
     assert not (tmp_path / "out").exists()
+    assert "Verification" not in (tmp_path / "mean" / "README.md").read_text()
 
 
 def test_an_unknown_value_is_a_usage_error(tmp_path):

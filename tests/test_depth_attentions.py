@@ -182,6 +182,31 @@ def test_generate_gives_them_for_each_step(base, attn_res):
 
 
 @torch.no_grad()
+def test_generate_follows_the_configuration(base):
+    model = trained(base, **BLOCK)
+    options = {"max_new_tokens": 3, "do_sample": False, "return_dict_in_generate": True}
+    prompt = torch.tensor([[1, 5, 3, 8]])
+    expected = model.generate(prompt, **options, output_depth_attentions=True).depth_attentions
+    model.config.output_depth_attentions = True
+    torch.testing.assert_close(model.generate(prompt, **options).depth_attentions, expected)
+    assert "depth_attentions" not in model.generate(prompt, **options, output_depth_attentions=False)
+
+
+@torch.no_grad()
+def test_assisted_generation(base):
+    """The base drafts, which knows neither argument: masked it is the target's own tokens, weights are refused."""
+    model = trained(base, **BLOCK)
+    prompt = torch.tensor([[1, 5, 3, 8]])
+    options = {"max_new_tokens": 8, "do_sample": False, "depth_attention_mask": random_mask(model)}
+    expected = model.generate(prompt, **options)
+    assert torch.equal(model.generate(prompt, **options, output_depth_attentions=False, assistant_model=base), expected)
+    for how in ({"assistant_model": base}, {"prompt_lookup_num_tokens": 2}):
+        assert torch.equal(model.generate(prompt, **options, **how), expected)
+        with pytest.raises(ValueError, match="`output_depth_attentions` is True, but .* in assisted generation"):
+            model.generate(prompt, **options, **how, output_depth_attentions=True)
+
+
+@torch.no_grad()
 def test_two_threads_on_one_model_do_not_mix_theirs(base):
     model = trained(base, **BLOCK)
     rows = [torch.randint(1, 99, (1, length), generator=torch.Generator().manual_seed(length)) for length in (7, 23)]

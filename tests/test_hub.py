@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from test_cli import attnres
 from test_conversion import file_bytes, save_base, tensor_hashes
 from test_remote_code import ISOLATED
+from transformers import AutoModelForCausalLM
 
 from attnres_conversion import inspect_checkpoint, push, retrofit
 from attnres_conversion.page import write_page
@@ -106,7 +107,7 @@ def test_retrofit_and_upload(hub, tmp_path):
     assert f"attnres retrofit {BASE} OUTPUT --type block --block-size 2 --scale sum --norm-eps 1e-06" in card
     assert f"torch {torch.__version__}" in card and "transformers 5." in card
     difference, largest = re.search(
-        r"between logits is (\S+), the largest logit (\S+)\. The two compute the same", card
+        r"between logits was (\S+), the largest logit (\S+)\. The two computed the same", card
     ).groups()
     assert 0 < float(difference) < 1e-5 * float(largest)
 
@@ -124,7 +125,7 @@ def test_what_computes_something_else_says_so(hub, tmp_path):
     result = attnres("retrofit", base, tmp_path / "attnres", *arguments, environment=environment)
     assert result.returncode == 0, result.stderr
     assert not hub.private and list(hub.repositories) == [NAME], "the token's owner"
-    assert "The two compute different things" in hub.repositories[NAME]["README.md"].decode()
+    assert "The two computed different things" in hub.repositories[NAME]["README.md"].decode()
 
 
 def test_an_interrupted_upload_goes_on(hub, tmp_path):
@@ -152,7 +153,7 @@ def test_an_interrupted_upload_goes_on(hub, tmp_path):
     assert len(shards) > 2 and len(hub.received) == len(set(hub.received)) == len(shards), "none was sent twice"
     expected = file_bytes(tmp_path / "attnres")
     assert {**hub.repositories[NAME], "README.md": expected["README.md"]} == expected
-    assert "The two compute the same" in hub.repositories[NAME]["README.md"].decode(), "that was known before"
+    assert "The two computed the same" in hub.repositories[NAME]["README.md"].decode(), "that was known before"
 
 
 def test_a_refused_upload_says_how_to_go_on(hub, tmp_path):
@@ -165,6 +166,9 @@ def test_a_refused_upload_says_how_to_go_on(hub, tmp_path):
     assert result.returncode == 1 and "Traceback" not in result.stderr
     assert f"attnres push {tmp_path / 'attnres'} {NAME} --private" in result.stderr
     assert (tmp_path / "attnres" / "config.json").is_file() and not hub.commits
+    hub.refuse_objects = False
+    result = attnres("push", tmp_path / "attnres", NAME, "--private", environment=environment)
+    assert result.returncode == 0 and len(hub.commits) == 1 and hub.private == {NAME}, result.stderr
     with pytest.raises(ValueError, match="is not AttnRes: its `model_type` is 'llama'"):
         push(base, NAME)
 
@@ -186,6 +190,18 @@ def test_the_heat_map_is_in_the_card(hub, tmp_path):
     assert (output / "README.md").read_text() == on_disk
 
 
+def run(hub, script, *arguments, cache):
+    """A script in a process that has the package and this Hub."""
+    process = subprocess.run(
+        [sys.executable, "-c", script, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env=hub.environment(cache),
+    )
+    assert process.returncode == 0, process.stderr
+    return process.stdout
+
+
 PUSH = """
 import sys, torch
 from transformers import AutoModelForCausalLM
@@ -205,23 +221,189 @@ def test_a_model_pushes_itself(hub, tmp_path):
     card_by_hand = b"---\nlicense: mit\n---\n# By hand\n"
     hub.repositories[f"{USER}/by-hand"] = {"README.md": card_by_hand}
     arguments = (retrofit(base, tmp_path / "attnres"), tmp_path / "logits.pt", NAME, f"{USER}/by-hand")
-    process = subprocess.run(
-        [sys.executable, "-c", PUSH, *arguments],
-        capture_output=True,
-        text=True,
-        env=hub.environment(tmp_path / "cache"),
-    )
-    assert process.returncode == 0, process.stderr
+    run(hub, PUSH, *arguments, cache=tmp_path / "cache")
     card = hub.repositories[NAME]["README.md"].decode()
     data = metadata(card)
     assert data["base_model"] == "base" and data["license"] == "apache-2.0" and "attnres" in data["tags"]
     assert f'from_pretrained("{NAME}", trust_remote_code=True)' in card
+    assert "`attnres retrofit base OUTPUT" in card and "## Verification" not in card, "nobody verified it"
     assert hub.private == {NAME}
     hub.repositories[NAME] |= {path: c for path, c in file_bytes(base).items() if path.startswith("token")}
     logits = load_without_the_package(hub, NAME, tmp_path)
     torch.testing.assert_close(logits, torch.load(tmp_path / "logits.pt"), rtol=0, atol=1e-5)
     by_hand = hub.repositories[f"{USER}/by-hand"]
     assert "# By hand" in by_hand["README.md"].decode() and "config.json" in by_hand
+
+
+LOAD_AND_PUSH = """
+import sys, torch
+from transformers import AutoModelForCausalLM
+import modeling_attnres
+folder, *names = sys.argv[1:]
+model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+"""
+PUSH_UNTOUCHED = f"""{LOAD_AND_PUSH}
+model.push_to_hub(names[0])
+"""
+PUSH_TRAINED = f"""{LOAD_AND_PUSH}
+with torch.no_grad():
+    model.lm_head.weight[3] += 0.1
+model.push_to_hub(names[0])
+model.push_to_hub(names[1])
+model.save_pretrained(folder, push_to_hub=True, repo_id=names[2])
+"""
+
+
+def test_a_model_s_card_says_what_was_found_of_its_weights(hub, tmp_path):
+    """The comparison with its base is history, whatever came after; a heat map is of what is pushed, or left out."""
+    base = save_base(tmp_path / "base")
+    save_word_tokenizer(base, ["and", "word"])
+    output = retrofit(base, tmp_path / "attnres")
+    result = attnres("verify", base, output)
+    assert result.returncode == 0, result.stderr
+    difference = re.search(r"Largest difference (\S+),", result.stdout)[1]
+    inspections = [inspect_checkpoint(output, "word word and word")]
+    write_pictures(inspections, output / "inspection")
+    write_page(inspections, output / "inspection" / "page.html")
+    pictures = {
+        f"inspection/{name}": (output / "inspection" / name).read_bytes() for name in ("weights.png", "page.html")
+    }
+
+    names = [f"{USER}/{name}" for name in ("untouched", "trained", "in-place")]
+    run(hub, PUSH_UNTOUCHED, output, names[0], cache=tmp_path / "cache")
+    files = hub.repositories[names[0]]
+    card = files["README.md"].decode()
+    assert {path: files.get(path) for path in pictures} == pictures
+    assert card.count("](inspection/weights.png)") == card.count("](inspection/page.html)") == 1
+    assert "before any training that followed" in card and f"between logits was {difference}," in card
+    assert "`attnres retrofit base OUTPUT" in card and card.count("Saved by transformers") == 1
+
+    run(hub, PUSH_TRAINED, output, *names, cache=tmp_path / "cache")
+    for name in names:
+        card = hub.repositories[name]["README.md"].decode()
+        assert "inspection/" not in card and metadata(card)["base_model"] == "base", name
+        assert "before any training that followed" in card and f"between logits was {difference}," in card
+        assert name == names[0] or "inspection/weights.png" not in hub.repositories[name]
+
+
+CHAIN = """
+import sys
+from transformers import AutoModelForCausalLM
+from modeling_attnres import AttnResForCausalLM
+source, work, *names = sys.argv[1:]
+for name in names:
+    model = (AttnResForCausalLM if source == sys.argv[1] else AutoModelForCausalLM).from_pretrained(source)
+    for folder in ("saved", "saved-again"):
+        model.save_pretrained(f"{work}/{name}/{folder}")
+        model = AutoModelForCausalLM.from_pretrained(f"{work}/{name}/{folder}")
+    model.push_to_hub(name)
+    source = name
+"""
+
+
+def test_base_and_licence_go_from_the_hub_through_folders_to_the_hub(hub, tmp_path):
+    """From a base on the Hub, and from an AttnRes model there."""
+    folder = put_base(hub, tmp_path / "base")
+    licence = {"license": "other", "license_name": "own", "license_link": "https://example.org/licence"}
+    merged = {**licence, "base_model": ["someone/one", "someone/two"]}
+    hub.repositories[BASE]["README.md"] = f"---\n{yaml.safe_dump(merged)}---\n# A merge\n".encode()
+    names = [NAME, f"{USER}/next"]
+    run(hub, CHAIN, BASE, tmp_path / "work", *names, cache=tmp_path / "cache")
+    for name in names:
+        card = hub.repositories[name]["README.md"].decode()
+        data = metadata(card)
+        assert data["base_model"] == BASE and {key: data[key] for key in licence} == licence
+        assert f'from_pretrained("{name}", trust_remote_code=True)' in card
+    # The base's card, in its folder, names what it was merged of: of the retrofit that is not the base
+    (folder / "README.md").write_bytes(hub.repositories[BASE]["README.md"])
+    data = metadata((retrofit(folder, tmp_path / "attnres") / "README.md").read_text())
+    assert data["base_model"] == "base" and {key: data[key] for key in licence} == licence
+    # A list that stands in an AttnRes model's card stays one
+    path = tmp_path / "attnres" / "README.md"
+    path.write_text(path.read_text().replace("base_model: base\n", "base_model:\n- someone/one\n- someone/two\n"))
+    AutoModelForCausalLM.from_pretrained(tmp_path / "attnres").save_pretrained(tmp_path / "saved")
+    card = (tmp_path / "saved" / "README.md").read_text()
+    assert metadata(card)["base_model"] == ["someone/one", "someone/two"]
+    assert "[someone/one](https://huggingface.co/someone/one), [someone/two](https" in card
+
+
+def test_a_base_that_can_have_no_hub_id_is_named_in_the_text(hub, tmp_path):
+    base = save_base(tmp_path / "a base (1)")
+    arguments = ("retrofit", base, tmp_path / "attnres", "--push-to-hub", NAME)
+    result = attnres(*arguments, environment=hub.environment(tmp_path / "cache"))
+    assert result.returncode == 0, result.stderr
+    card = hub.repositories[NAME]["README.md"].decode()
+    assert "base_model" not in metadata(card) and "# a base (1) with Attention Residuals" in card
+    assert metadata((tmp_path / "attnres" / "README.md").read_text())["base_model"] == "a base (1)"
+
+
+def test_under_another_name_the_card_says_that_name(hub, tmp_path):
+    """A folder whose card has a Hub id in it already, and pictures where links have to be quoted."""
+    base = save_base(tmp_path / "base")
+    save_word_tokenizer(base, ["and", "word"])
+    output = retrofit(base, tmp_path / "attnres")
+    card = (output / "README.md").read_text().replace("path/to/this/checkpoint", NAME)
+    (output / "README.md").write_text(card)
+    write_pictures([inspect_checkpoint(output, "word word and word")], output / "a look (1)")
+    other = f"{USER}/other"
+    result = attnres("push", output, other, environment=hub.environment(tmp_path / "cache"))
+    assert result.returncode == 0, result.stderr
+    sent = hub.repositories[other]["README.md"].decode()
+    assert NAME not in sent and sent.count(f'from_pretrained("{other}", trust_remote_code=True)') == 2
+    assert "](a%20look%20%281%29/weights.png)" in sent and "a look (1)/weights.png" in hub.repositories[other]
+
+
+INTERRUPTED = """
+import sys
+from transformers import AutoModelForCausalLM
+import modeling_attnres
+AutoModelForCausalLM.from_pretrained(sys.argv[1]).push_to_hub(sys.argv[2], max_shard_size="20KB")
+"""
+
+
+def test_an_interrupted_push_of_a_model_can_be_run_again(hub, tmp_path):
+    output = retrofit(save_base(tmp_path / "base"), tmp_path / "attnres")
+    hub.hold = threading.Event()
+    process = subprocess.Popen(
+        [sys.executable, "-c", INTERRUPTED, output, NAME],
+        env=hub.environment(tmp_path / "cache"),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    assert hub.waiting.wait(120), "one object arrived, another is on its way"
+    process.kill()
+    process.wait()
+    hub.hold.set()
+    assert len(hub.received) == 1 and hub.repositories[NAME] == {} and not hub.commits
+    hub.hold = None
+    run(hub, INTERRUPTED, output, NAME, cache=tmp_path / "cache")
+    shards = [path for path in hub.repositories[NAME] if path.endswith(".safetensors")]
+    assert len(shards) > 2 and len(hub.received) == len(set(hub.received)) == len(shards), "none was sent twice"
+    assert metadata(hub.repositories[NAME]["README.md"].decode())["base_model"] == "base"
+
+
+TRAIN = """
+import sys, torch
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+import modeling_attnres
+folder, output, name = sys.argv[1:]
+model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+data = [{"input_ids": torch.arange(1, 9), "labels": torch.arange(1, 9)}] * 4
+options = {"max_steps": 1, "report_to": "none", "use_cpu": True, "hub_model_id": name, "save_strategy": "no"}
+trainer = Trainer(model, TrainingArguments(output, **options), train_dataset=data)
+trainer.train()
+trainer.push_to_hub(finetuned_from="someone/base", license="apache-2.0")
+"""
+
+
+def test_trainer_pushes_with_its_own_card(hub, tmp_path):
+    """As the README says: it has our tag, and base and licence from whoever calls it."""
+    output = retrofit(save_base(tmp_path / "base"), tmp_path / "attnres")
+    run(hub, TRAIN, output, tmp_path / "trained", NAME, cache=tmp_path / "cache")
+    data = metadata(hub.repositories[NAME]["README.md"].decode())
+    assert {"attnres", "generated_from_trainer"} <= set(data["tags"]) and data["library_name"] == "transformers"
+    assert data["base_model"] == "someone/base" and data["license"] == "apache-2.0"
+    assert "modeling_attnres.py" in hub.repositories[NAME]
 
 
 def test_the_card_of_a_model_that_was_never_saved(tmp_path):

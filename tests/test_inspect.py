@@ -2,6 +2,7 @@
 
 import math
 import re
+import shutil
 import struct
 
 import pytest
@@ -11,7 +12,7 @@ from test_cli import attnres
 from transformers import AutoModelForCausalLM
 
 from attnres_conversion import inspect_checkpoint, retrofit
-from attnres_conversion.inspect_checkpoint import tables
+from attnres_conversion.inspect_checkpoint import labels, tables
 from attnres_conversion.pictures import write_pictures
 from modeling_attnres import DepthAttention
 
@@ -172,6 +173,8 @@ def test_the_heat_map_shows_the_weights(inspection):
         panels = [axes for axes in figure.axes if axes.get_images()]
         assert len(panels) == len(drawn)
         for axes, values in zip(panels, drawn):
+            # Seen through the cells that hold nothing
+            assert axes.patch.get_hatch() and axes.patch.get_visible()
             shown = torch.tensor(axes.get_images()[0].get_array().filled(math.nan))
             torch.testing.assert_close(shown.float(), values, equal_nan=True)
             assert [label.get_text() for label in axes.get_xticklabels()] == inspection.sources
@@ -181,11 +184,32 @@ def test_the_heat_map_shows_the_weights(inspection):
 
 def test_the_command(folders, tmp_path):
     (tmp_path / "text.txt").write_text(TEXT)
-    arguments = ("inspect", folders / "step-100", folders / "step-200", "--text", tmp_path / "text.txt")
+    shutil.copytree(folders / "step-100", tmp_path / "a" / "last")
+    shutil.copytree(folders / "step-200", tmp_path / "b" / "last")
+    arguments = ("inspect", tmp_path / "a" / "last", f"{tmp_path}/b/last/", "--text", tmp_path / "text.txt")
     result = attnres(*arguments, "--base", folders / "base", "--max-tokens", 20, "--output", tmp_path / "pictures")
     assert result.returncode == 0, result.stderr
-    assert "step-200: 20 tokens" in result.stdout and "output, AttnRes" in result.stdout
+    assert "b/last: 20 tokens" in result.stdout and "output, AttnRes" in result.stdout
+    assert re.findall(r"^(./last) +[\d.]+ ", result.stdout, re.MULTILINE) == ["a/last", "b/last"]
     assert len(list((tmp_path / "pictures").glob("*.png"))) == 4
+
+
+def test_labels_tell_checkpoints_apart(tmp_path, monkeypatch):
+    for name in ("a/run/last", "b/run/last", "b/first"):
+        (tmp_path / name).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "b" / "first")
+    for checkpoints, expected in [
+        (["."], ["first"]),
+        ([".."], ["b"]),
+        (
+            [tmp_path / "a" / "run" / "last", "../run/last/", "."],
+            ["a/run/last", "b/run/last", f"{tmp_path.name}/b/first"],
+        ),
+        (["../run/last", "."], ["last", "first"]),
+        (["someone/last", "../run/last/"], ["someone/last", "last"]),
+        (["someone/last", "someone/last"], ["someone/last"] * 2),
+    ]:
+        assert labels(checkpoints) == expected
 
 
 def test_what_is_wrong_is_said(folders, tmp_path):
