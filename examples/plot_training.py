@@ -78,6 +78,7 @@ def draw_curves(axes: plt.Axes, chosen: dict[str, dict], x: str, styles: dict, f
 
 def draw_sweep(axes: plt.Axes, arms: dict[str, dict], styles: dict) -> None:
     """The final loss against the rate, at the best of all other settings."""
+    rates = set()
     for arm, settings in arms.items():
         # Over their own rate, where that of queries and key norms alone was swept
         values = {name: {dict(s)[name] for s in settings if name in dict(s)} for name in RATES}
@@ -87,9 +88,12 @@ def draw_sweep(axes: plt.Axes, arms: dict[str, dict], styles: dict) -> None:
         for setting, runs in settings.items():
             least[dict(setting)[rate]] = min(least[dict(setting)[rate]], final(runs, seeds))
         places = sorted(least)
+        rates |= least.keys()
         label = f"{arm}: of queries and key norms" if rate == RATES[1] else arm
         axes.plot(places, [least[place] for place in places], label=label, markersize=5, **styles[arm])
     axes.set(xscale="log", xlabel="learning rate", ylabel="final loss")
+    axes.set_xticks(sorted(rates), [f"{rate:g}" for rate in sorted(rates)], rotation=30)
+    axes.minorticks_off()
 
 
 def spread(values: np.ndarray) -> str:
