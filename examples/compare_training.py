@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 import torch
+from continue_training import adamw
 from peft import LoraConfig, get_peft_model
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from text import recent_files, token_blocks
@@ -23,12 +24,13 @@ from transformers import (
     AutoTokenizer,
     PreTrainedModel,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
     set_seed,
 )
 
 from attnres_conversion import retrofit
-from modeling_attnres.training import ATTN_RES_MODULES, attn_res_parameter_groups
+from modeling_attnres.training import ATTN_RES_MODULES
 
 
 ARMS = ("base", "attnres", "attnres-only", "lora", "lora-attnres")
@@ -46,14 +48,28 @@ def adapted(model: PreTrainedModel, arm: str, rank: int) -> torch.nn.Module:
     return get_peft_model(model, config)
 
 
-def adamw(model: torch.nn.Module, **rates: float) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(attn_res_parameter_groups(model, **rates))
+class Clock(TrainerCallback):
+    """How many seconds had been trained at each evaluation; the evaluations themselves do not count."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.spent, self.seconds = 0.0, []
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if control.should_evaluate:
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            self.spent += time.perf_counter() - self.start
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        self.seconds.append(round(self.spent, 2))
+        self.start = time.perf_counter()
 
 
 def train(
     model: torch.nn.Module, rates: dict[str, float], train_blocks, held_out_blocks, args, seed: int
 ) -> list[dict]:
-    """Losses on held-out text, by step."""
+    """Losses on held-out text, by step, with the seconds of training up to there."""
+    clock = Clock()
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
             model=model,
@@ -77,10 +93,15 @@ def train(
             ),
             train_dataset=train_blocks,
             eval_dataset=held_out_blocks,
+            callbacks=[clock],
             optimizer_cls_and_kwargs=(lambda: adamw, rates),
         )
         trainer.train()
-    return [{"step": row["step"], "loss": row["eval_loss"]} for row in trainer.state.log_history if "eval_loss" in row]
+    evaluations = [row for row in trainer.state.log_history if "eval_loss" in row]
+    return [
+        {"step": row["step"], "loss": row["eval_loss"], "seconds": seconds}
+        for row, seconds in zip(evaluations, clock.seconds)
+    ]
 
 
 def main():

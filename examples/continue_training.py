@@ -3,11 +3,11 @@
 attnres retrofit BASE my-attnres
 python examples/continue_training.py my-attnres my-attnres-trained --files my-texts/*.txt
 
-`--report-to tensorboard` shows routing form while it trains (`tensorboard --logdir my-attnres-trained`).
+`--report-to tensorboard` shows routing form while it trains (`tensorboard --logdir my-attnres-trained`). A run that was
+killed goes on from its last checkpoint, which `--save-steps` makes, with `--resume`.
 """
 
 import argparse
-import os
 from pathlib import Path
 
 import torch
@@ -21,7 +21,12 @@ from transformers import (
     TrainingArguments,
 )
 
+from modeling_attnres import attn_res_parameter_groups
 from modeling_attnres.callback import DepthAttentionCallback
+
+
+def adamw(model: torch.nn.Module, **rates: float) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(attn_res_parameter_groups(model, **rates))
 
 
 def continue_training(
@@ -31,15 +36,15 @@ def continue_training(
     files: list[str],
     steps: int = 20,
     learning_rate: float = 5e-5,
+    attn_res_learning_rate: float | None = None,
     batch_size: int = 4,
     block_length: int = 256,
     eval_blocks: int = 16,
     save_steps: int | None = None,
+    resume: bool = False,
     report_to: str = "none",
 ) -> tuple[float, float]:
     """Trains and saves the model. Returns the loss on held-out text before and after."""
-    # An evaluation before the training would let transformers choose the current folder
-    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(Path(output) / "runs"))
     train_blocks, held_out_blocks = token_blocks(files, tokenizer, block_length)
     trainer = Trainer(
         model=model,
@@ -48,26 +53,31 @@ def continue_training(
             max_steps=steps,
             per_device_train_batch_size=batch_size,
             per_device_eval_batch_size=batch_size,
-            learning_rate=learning_rate,
             lr_scheduler_type="cosine",
             warmup_steps=max(1, steps // 10),
             logging_steps=max(1, steps // 5),
+            # At the start and at the end, within `train`: FSDP2 shards no model that has no optimizer yet
+            eval_on_start=True,
+            eval_strategy="steps",
+            eval_steps=steps,
             save_strategy="no" if save_steps is None else "steps",
             save_steps=save_steps or 500,
-            save_only_model=True,
             report_to=report_to,
         ),
         train_dataset=train_blocks,
         eval_dataset=held_out_blocks.select(range(min(eval_blocks, len(held_out_blocks)))),
         processing_class=tokenizer,
+        optimizer_cls_and_kwargs=(
+            lambda: adamw,
+            {"learning_rate": learning_rate, "attn_res_learning_rate": attn_res_learning_rate},
+        ),
     )
     if model.config.model_type == "attnres" and report_to != "none":
         trainer.add_callback(DepthAttentionCallback(trainer, per_sublayer=True))
-    before = trainer.evaluate()["eval_loss"]
-    trainer.train()
-    after = trainer.evaluate()["eval_loss"]
+    trainer.train(resume_from_checkpoint=resume)
     trainer.save_model()
-    return before, after
+    losses = [row["eval_loss"] for row in trainer.state.log_history if "eval_loss" in row]
+    return losses[0], losses[-1]
 
 
 def main():
@@ -77,9 +87,11 @@ def main():
     parser.add_argument("--files", nargs="+", default=default_files(), help="text files (default: Python's library)")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--learning-rate", type=float, default=5e-5)
+    parser.add_argument("--attn-res-learning-rate", type=float, help="of queries and key norms (default: the same)")
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--block-length", type=int, default=256)
     parser.add_argument("--save-steps", type=int, help="also save every so many steps")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in the output folder")
     parser.add_argument("--report-to", default="none", help="for instance tensorboard")
     args = parser.parse_args()
 
@@ -92,9 +104,11 @@ def main():
         args.files,
         steps=args.steps,
         learning_rate=args.learning_rate,
+        attn_res_learning_rate=args.attn_res_learning_rate,
         batch_size=args.batch_size,
         block_length=args.block_length,
         save_steps=args.save_steps,
+        resume=args.resume,
         report_to=args.report_to,
     )
     print(f"Loss on held-out text: {before:.3f} before, {after:.3f} after. Saved to {args.output}.")

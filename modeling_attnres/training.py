@@ -25,7 +25,7 @@ def attn_res_parameter_groups(
     norms, at a learning rate of their own and without. Frozen parameters are left out.
 
     Args:
-        model (`nn.Module`): an AttnRes model or a base, also with PEFT's adapters or sharded by FSDP2.
+        model (`nn.Module`): an AttnRes model or a base, also with PEFT's adapters or sharded by FSDP2 or ZeRO-3.
         learning_rate (`float`): the rate of all but queries and key norms.
         attn_res_learning_rate (`float`, *optional*, defaults to `learning_rate`): the rate of queries and key norms.
         weight_decay (`float`, *optional*, defaults to 0.0): the decay of matrices.
@@ -46,7 +46,9 @@ def attn_res_parameter_groups(
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             is_attn_res = not set(ATTN_RES_MODULES).isdisjoint(name.split("."))
-            (attn_res if is_attn_res else matrices if parameter.ndim > 1 else vectors).append(parameter)
+            # What DeepSpeed's ZeRO-3 has cut up is empty here and keeps its shape beside it
+            is_matrix = len(getattr(parameter, "ds_shape", parameter.shape)) > 1
+            (attn_res if is_attn_res else matrices if is_matrix else vectors).append(parameter)
     if attn_res:
         _warn_of_long_steps(model.config, attn_res_learning_rate)
     groups = [

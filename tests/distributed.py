@@ -1,17 +1,19 @@
 """What test_distributed.py runs in each of two processes.
 
 torchrun --nproc-per-node 2 tests/distributed.py MODE CHECKPOINT OUTPUT
+accelerate launch --config_file CONFIG --num_processes 2 tests/distributed.py MODE CHECKPOINT OUTPUT
+accelerate launch --config_file CONFIG --num_processes 2 tests/distributed.py SCRIPT ARGUMENTS
 """
 
 import json
+import os
+import runpy
 import sys
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.distributed import checkpoint as distributed_checkpoint
-from torch.distributed.checkpoint.state_dict import get_model_state_dict
-from torch.distributed.fsdp import fully_shard
+from accelerate.state import DistributedType, PartialState
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from modeling_attnres import attn_res_parameter_groups
@@ -25,59 +27,59 @@ def rows() -> torch.Tensor:
     return torch.randint(1, 99, (16, 12), generator=torch.Generator().manual_seed(0))
 
 
-def trainer_losses(checkpoint: str, output: str, batch_size: int, **fields) -> list[float]:
-    """Four steps of Trainer on four rows each."""
+def train(checkpoint: str, output: str, batch_size: int, **fields) -> Trainer:
+    """Four steps on four rows each, with rates and weight decay of their own for queries and matrices."""
     args = TrainingArguments(
         output,
         max_steps=4,
         per_device_train_batch_size=batch_size,
-        learning_rate=1e-2,
         logging_steps=1,
-        save_strategy="no",
-        use_cpu=True,
         report_to="none",
         disable_tqdm=True,
-        **fields,
+        **{"save_strategy": "no", **fields},
     )
-    trainer = Trainer(load(checkpoint), args, train_dataset=[{"input_ids": row, "labels": row} for row in rows()])
+    rates = {"learning_rate": 1e-2, "attn_res_learning_rate": 3e-3, "weight_decay": 0.1}
+    data = [{"input_ids": row, "labels": row} for row in rows()]
+    trainer = Trainer(load(checkpoint), args, train_dataset=data, optimizer_cls_and_kwargs=(lambda: adamw, rates))
     trainer.train()
+    return trainer
+
+
+def adamw(model: torch.nn.Module, **rates: float) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(attn_res_parameter_groups(model, **rates))
+
+
+def losses(trainer: Trainer) -> list[float]:
     return [row["loss"] for row in trainer.state.log_history if "loss" in row]
 
 
-def step_losses(model: torch.nn.Module, batches: list[torch.Tensor]) -> list[float]:
-    optimizer = torch.optim.AdamW(attn_res_parameter_groups(model, 1e-2))
-    losses = []
-    for batch in batches:
-        loss = model(batch, labels=batch, use_cache=False).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        loss = loss.detach()
-        if dist.is_initialized():
-            dist.all_reduce(loss)
-            loss /= dist.get_world_size()
-        losses.append(loss.item())
-    return losses
+def write_losses(trainer: Trainer, output: str) -> None:
+    if dist.get_rank() == 0:
+        Path(output, "losses.json").write_text(json.dumps(losses(trainer)))
 
 
 def ddp(checkpoint: str, output: str) -> None:
-    losses = trainer_losses(checkpoint, output, batch_size=2, gradient_checkpointing=True, ddp_backend="gloo")
-    if dist.get_rank() == 0:
-        Path(output, "losses.json").write_text(json.dumps(losses))
+    fields = {"gradient_checkpointing": True, "ddp_backend": "gloo", "use_cpu": True}
+    write_losses(train(checkpoint, output, batch_size=2, **fields), output)
 
 
 def fsdp2(checkpoint: str, output: str) -> None:
-    """What accelerate's plugin does; the plugin itself takes no CPU."""
-    dist.init_process_group("gloo")
-    model = load(checkpoint).train()
-    model.gradient_checkpointing_enable()
-    for layer in model.model.layers:
-        fully_shard(layer)
-    fully_shard(model)
-    losses = step_losses(model, [batch.chunk(2)[dist.get_rank()] for batch in rows().split(4)])
-    distributed_checkpoint.save(get_model_state_dict(model), checkpoint_id=output)
-    if dist.get_rank() == 0:
-        Path(output, "losses.json").write_text(json.dumps(losses))
+    write_losses(train(checkpoint, output, batch_size=2, save_strategy="steps", save_steps=4), output)
+
+
+def zero3(checkpoint: str, output: str) -> None:
+    trainer = train(checkpoint, output, batch_size=2, gradient_checkpointing=True)
+    trainer.save_model()
+    write_losses(trainer, output)
+
+
+def take_cpus_for_gpus() -> None:
+    """The launch files are for GPUs, and accelerate shards among nothing else."""
+    if {"ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"}.isdisjoint(os.environ):
+        os.environ["ACCELERATE_USE_CPU"] = "true"
+    else:
+        os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
+        PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_GPU)
 
 
 def tensor_parallel(checkpoint: str, output: str) -> None:
@@ -92,6 +94,14 @@ def tensor_parallel(checkpoint: str, output: str) -> None:
 
 
 if __name__ == "__main__":
-    mode, checkpoint, output = sys.argv[1:]
-    {"DDP": ddp, "FSDP2": fsdp2, "TP": tensor_parallel}[mode](checkpoint, output)
+    # `accelerate launch` always says how
+    if "ACCELERATE_MIXED_PRECISION" in os.environ:
+        take_cpus_for_gpus()
+    if sys.argv[1].endswith(".py"):
+        sys.argv = sys.argv[1:]
+        sys.path[0] = str(Path(sys.argv[0]).parent)
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    else:
+        mode, checkpoint, output = sys.argv[1:]
+        {"DDP": ddp, "FSDP2": fsdp2, "TP": tensor_parallel, "ZeRO-3": zero3}[mode](checkpoint, output)
     dist.destroy_process_group()

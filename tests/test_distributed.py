@@ -1,6 +1,7 @@
 """Two processes over gloo, started as users start them, against one."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -8,10 +9,17 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
+from accelerate.utils import merge_fsdp_weights
 from conftest import attnres_of, randomise_depth_attention, tiny_base
-from distributed import load, rows, step_losses, trainer_losses
-from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from distributed import load, losses, rows, train
+from safetensors.torch import load_file
+from text import token_blocks
+from train_base import train_tokenizer
 from transformers import AutoModelForCausalLM
+
+
+SCRIPT = Path(__file__).with_name("distributed.py")
+LAUNCH = Path(__file__).parents[1] / "examples" / "launch"
 
 
 @pytest.fixture(scope="module")
@@ -23,32 +31,84 @@ def checkpoint(tmp_path_factory):
     return folder
 
 
-def torchrun(mode, checkpoint, output):
-    script = Path(__file__).with_name("distributed.py")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    result = subprocess.run([*command, mode, checkpoint, str(output)], capture_output=True, text=True)
+def run(*command, **environment):
+    result = subprocess.run(
+        [sys.executable, "-m", *map(str, command)], capture_output=True, text=True, env={**os.environ, **environment}
+    )
     assert result.returncode == 0, result.stderr[-4000:]
+    return result.stdout
 
 
-def test_ddp_by_trainer(checkpoint, tmp_path):
+def torchrun(mode, checkpoint, output):
+    run("torch.distributed.run", "--standalone", "--nproc-per-node", 2, SCRIPT, mode, checkpoint, output)
+
+
+def accelerate_launch(config, *command):
+    """With the files that users start from."""
+    options = ("--num_processes", 2, "--mixed_precision", "no", "--main_process_port", 0)
+    return run("accelerate.commands.launch", "--config_file", LAUNCH / config, *options, *command)
+
+
+@pytest.fixture(scope="module")
+def one_process(checkpoint, tmp_path_factory):
+    return train(checkpoint, str(tmp_path_factory.mktemp("one")), batch_size=4, use_cpu=True)
+
+
+def losses_of(folder):
+    return json.loads((folder / "losses.json").read_text())
+
+
+def test_ddp(checkpoint, one_process, tmp_path):
     """With gradient checkpointing."""
-    expected = trainer_losses(checkpoint, str(tmp_path / "one"), batch_size=4)
     torchrun("DDP", checkpoint, tmp_path)
-    assert json.loads((tmp_path / "losses.json").read_text()) == pytest.approx(expected, abs=1e-4)
+    assert losses_of(tmp_path) == pytest.approx(losses(one_process), abs=1e-4)
 
 
-def test_fsdp2(checkpoint, tmp_path):
+def test_fsdp2(checkpoint, one_process, tmp_path):
     """With gradient checkpointing, saved in shards and loaded back into one process."""
-    model = load(checkpoint).train()
-    expected = step_losses(model, rows().split(4))
-    torchrun("FSDP2", checkpoint, tmp_path / "sharded")
-    assert json.loads((tmp_path / "sharded" / "losses.json").read_text()) == pytest.approx(expected, abs=1e-4)
+    in_shards = ("--fsdp_state_dict_type", "SHARDED_STATE_DICT")
+    accelerate_launch("fsdp2.yaml", *in_shards, SCRIPT, "FSDP2", checkpoint, tmp_path)
+    assert losses_of(tmp_path) == pytest.approx(losses(one_process), abs=1e-4)
 
-    dcp_to_torch_save(tmp_path / "sharded", tmp_path / "whole.pt")
+    shards = tmp_path / "checkpoint-4" / "pytorch_model_fsdp_0"
+    assert len(list(shards.glob("*.distcp"))) == 2
+    merge_fsdp_weights(str(shards), str(tmp_path / "whole"))
     loaded = load(checkpoint)
-    loaded.load_state_dict(torch.load(tmp_path / "whole.pt"))
+    loaded.load_state_dict(load_file(tmp_path / "whole" / "model.safetensors"))
     with torch.no_grad():
-        torch.testing.assert_close(loaded(rows()).logits, model.eval()(rows()).logits, rtol=0, atol=1e-3)
+        expected = one_process.model.eval()(rows()).logits
+        torch.testing.assert_close(loaded(rows()).logits, expected, rtol=0, atol=1e-3)
+
+
+def test_zero3(checkpoint, one_process, tmp_path):
+    """With gradient checkpointing, from parameters that are cut up as they are loaded."""
+    pytest.importorskip("deepspeed")
+    accelerate_launch("zero3.yaml", SCRIPT, "ZeRO-3", checkpoint, tmp_path)
+    assert losses_of(tmp_path) == pytest.approx(losses(one_process), abs=1e-4)
+    with torch.no_grad():
+        expected = one_process.model.eval()(rows()).logits
+        torch.testing.assert_close(load(str(tmp_path))(rows()).logits, expected, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("config", ["ddp.yaml", "fsdp2.yaml", "zero3.yaml"])
+def test_the_example_on_several_devices(config, real_text, tmp_path):
+    """It evaluates before it trains, and leaves a model that loads as any other."""
+    if config == "zero3.yaml":
+        pytest.importorskip("deepspeed")
+    tokenizer = train_tokenizer([__file__], vocab_size=300)
+    model = attnres_of(tiny_base("llama", vocab_size=len(tokenizer)))
+    for saved in (model, tokenizer):
+        saved.save_pretrained(tmp_path / "attnres")
+    (tmp_path / "text.txt").write_text(real_text)
+    arguments = ("--files", tmp_path / "text.txt", "--steps", 2, "--learning-rate", 1e-2, "--block-length", 32)
+    example = LAUNCH.with_name("continue_training.py")
+    output = accelerate_launch(config, SCRIPT, example, tmp_path / "attnres", tmp_path / "trained", *arguments)
+    _, held_out = token_blocks([tmp_path / "text.txt"], tokenizer, 32)
+    tokens = held_out[:16]["input_ids"]
+    with torch.no_grad():
+        expected = [m(tokens, labels=tokens).loss.item() for m in (model, load(str(tmp_path / "trained")))]
+    actual = [float(word) for word in output.split("held-out text: ")[1].split()[:3:2]]
+    assert actual == pytest.approx(expected, abs=1e-3) and actual[1] < actual[0] - 0.1
 
 
 def test_tensor_parallel(checkpoint, tmp_path):
@@ -79,9 +139,9 @@ def test_offloaded(where, checkpoint, tmp_path):
 
 
 def test_device_map(checkpoint, tmp_path):
-    """Some layers here, the others on disk."""
-    parts = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.norm": "disk", "lm_head": "cpu"}
-    parts |= {f"model.layers.{i}": "cpu" if i < 2 else "disk" for i in range(5)} | {"model.output_res": "disk"}
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, device_map=parts, offload_folder=tmp_path)
+    """As many layers here as there is room for, none of them split, the others on disk."""
+    room = {"max_memory": {"cpu": 130_000}, "offload_folder": tmp_path}
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, device_map="auto", **room)
+    assert {model.hf_device_map[f"model.layers.{i}"] for i in range(5)} == {"cpu", "disk"}
     with torch.no_grad():
         assert torch.equal(model(rows()).logits, load(checkpoint)(rows()).logits)

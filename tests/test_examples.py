@@ -1,6 +1,7 @@
 """The examples run as a user runs them, with little to do."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -74,10 +75,22 @@ def test_a_base_from_scratch_retrofitted_trained_on_and_generating(real_text, tm
 
     retrofit(tmp_path / "base", tmp_path / "attnres")
     arguments = ("--files", *files, "--steps", 2)
-    output = run("continue_training.py", tmp_path / "attnres", tmp_path / "trained", *arguments)
+    rate = ("--attn-res-learning-rate", 5e-4)
+    output = run("continue_training.py", tmp_path / "attnres", tmp_path / "trained", *arguments, *rate)
     continued = float(output.split("held-out text: ")[1].split()[0])
     assert abs(continued - after) < 2e-3, "a retrofit starts where its base left off"
-    assert json.loads((tmp_path / "trained" / "config.json").read_text())["model_type"] == "attnres"
+    trained = AutoModelForCausalLM.from_pretrained(tmp_path / "trained")
+    assert trained.config.model_type == "attnres"
+    # Warm-up leaves one step of Adam, as long as the rate
+    assert trained.model.output_res.query.abs().max().item() == pytest.approx(5e-4, rel=1e-2)
+
+    compared = ("--files", *files, "--steps", 2, "--eval-steps", 1, "--rates", 1e-3, "--attn-res-rates", 5e-4)
+    run("compare_training.py", tmp_path / "base", *compared, "--output", tmp_path / "compared.jsonl")
+    rows = [json.loads(line) for line in (tmp_path / "compared.jsonl").read_text().splitlines()]
+    assert [row["arm"] for row in rows] == ["base", "attnres", "attnres-only", "lora", "lora-attnres"]
+    first, _, last = ([row["losses"][i]["loss"] for row in rows] for i in range(3))
+    assert first == pytest.approx([first[0]] * 5, abs=1e-4), "each arm starts as the base"
+    assert len({round(loss, 5) for loss in (first[0], *last)}) == 6, "and goes its own way"
 
     for alone, trained in (("--attnres-alone", 6 * 2 * 64), ("--rank=2", None)):
         output = run("finetune_lora.py", tmp_path / "attnres", tmp_path / "adapter", *arguments, alone)
@@ -103,10 +116,67 @@ def test_from_scratch_and_with_tensorboard(real_text, tmp_path):
     config = json.loads((tmp_path / "scratch" / "config.json").read_text())
     assert (config["attn_res_type"], config["attn_res_scale"]) == ("full", "mean")
     arguments = ("--files", *files, "--steps", 4, "--save-steps", 2, "--report-to", "tensorboard")
-    run("continue_training.py", tmp_path / "scratch", tmp_path / "trained", *arguments)
-    assert (tmp_path / "trained" / "checkpoint-2" / "model.safetensors").is_file()
-    events = b"".join(path.read_bytes() for path in (tmp_path / "trained" / "runs").glob("events.out.tfevents.*"))
+    result = run("continue_training.py", tmp_path / "scratch", tmp_path / "trained", *arguments).splitlines()[-1]
+    events = b"".join(path.read_bytes() for path in (tmp_path / "trained" / "runs").rglob("events.out.tfevents.*"))
     assert b"train/loss" in events and b"train/depth_attention_entropy/layer_1_MLP" in events
+
+    # As if it had been killed at step 3
+    weights = (tmp_path / "trained" / "model.safetensors").read_bytes()
+    shutil.rmtree(tmp_path / "trained" / "checkpoint-4")
+    (tmp_path / "trained" / "model.safetensors").unlink()
+    output = run("continue_training.py", tmp_path / "scratch", tmp_path / "trained", *arguments, "--resume")
+    assert output.splitlines()[-1] == result
+    assert (tmp_path / "trained" / "model.safetensors").read_bytes() == weights
+
+
+def test_pretrain(real_text, tmp_path):
+    """Base and AttnRes start as one model, see the same batches, and are told apart by the picture's table."""
+    small = ("--hidden-size", 64, "--layers", 2, "--vocab-size", 400, "--batch-size", 2, "--block-length", 64)
+    short = ("--steps", 4, "--eval-steps", 2, "--eval-blocks", 2, "--files", *texts(tmp_path, real_text))
+    arms = ("--arms", "base", "block-sum", "full-mean", "--seeds", 0, 1)
+    run("pretrain.py", *arms, *small, *short, "--output", tmp_path / "losses.jsonl")
+    rows = [json.loads(line) for line in (tmp_path / "losses.jsonl").read_text().splitlines()]
+    assert [(row["arm"], row["seed"]) for row in rows] == [(arm, seed) for arm in arms[1:4] for seed in (0, 1)]
+    assert all([point["step"] for point in row["losses"]] == [0, 2, 4] for row in rows)
+    assert all(0 == row["losses"][0]["seconds"] < row["losses"][1]["seconds"] for row in rows)
+    first, last = ([row["losses"][i]["loss"] for row in rows] for i in (0, -1))
+    assert first[2:4] == pytest.approx(first[:2], abs=1e-5), "with sum scaling AttnRes starts as its base"
+    # Queries have moved, but hardly: the same batches give nearly the same loss
+    assert last[2:4] == pytest.approx(last[:2], abs=2e-2) and last[2:4] != pytest.approx(last[:2], abs=1e-6)
+    assert abs(first[0] - first[1]) > 1e-3, "a seed has first weights of its own"
+
+    output = run("plot_training.py", tmp_path / "losses.jsonl", "--output", tmp_path / "plot" / "losses.png")
+    assert (tmp_path / "plot" / "losses.png").read_bytes().startswith(b"\x89PNG")
+    assert [line.split("|")[1].strip() for line in output.splitlines()[2:]] == list(arms[1:4])
+    assert f"| {(last[0] + last[1]) / 2:.4f} ({min(last[:2]):.4f} to {max(last[:2]):.4f}) |" in output
+
+
+def test_each_arm_at_its_best_setting(tmp_path):
+    from plot_training import best, read, table
+
+    def row(arm, seed, rate, final, seconds, **fields):
+        losses = [{"step": 0, "loss": 4.0, "seconds": 0.0}, {"step": 9, "loss": final, "seconds": seconds}]
+        return {"arm": arm, "seed": seed, "learning_rate": rate, "losses": losses, "seconds": 77, **fields}
+
+    rows = [row("base", seed, 1e-3, final, 10) for seed, final in ((0, 3.0), (1, 3.2))]
+    # A block size is none of a base's business
+    rows += [row("base", 0, 1e-2, float("nan"), 10, block_size=4, temperature=None)]
+    for size, finals in ((1, (2.0, 2.6)), (2, (2.5,))):
+        attn_res = {"attn_res_learning_rate": 1e-4, "block_size": size, "temperature": 4.5}
+        rows += [row("attnres", seed, 1e-3, final, 20, **attn_res) for seed, final in enumerate(finals)]
+    (tmp_path / "losses.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+
+    arms = read([tmp_path / "losses.jsonl"], ["arm"])
+    assert table(arms, {arm: best(arm, arms[arm]) for arm in arms}).splitlines()[2:] == [
+        "| base | learning_rate 0.001 | 3.1000 (3.0000 to 3.2000) |  |  |",
+        # 4.0 to 2.0 in 20 seconds and 4.0 to 2.6, after 10 seconds half of it
+        "| attnres | learning_rate 0.001, attn_res_learning_rate 0.0001, block_size 1 | 2.3000 (2.0000 to 2.6000) | "
+        "-0.8000 (-1.0000 to -0.6000) | 0.0500 (0.0000 to 0.1000) |",
+    ]
+    assert list(read([tmp_path / "losses.jsonl"], ["arm", "block_size"])) == ["base", "attnres 1", "attnres 2"]
+    del arms["attnres"][best("attnres", arms["attnres"])][0]
+    with pytest.raises(ValueError, match="settings of arm 'attnres' have no seed in common"):
+        best("attnres", arms["attnres"])
 
 
 def test_benchmark(tmp_path):

@@ -1,5 +1,6 @@
 """A source on the Hub and a checkpoint that goes there: against a stand-in on loopback, by processes of their own."""
 
+import json
 import re
 import subprocess
 import sys
@@ -70,9 +71,9 @@ with torch.no_grad():
 """
 
 
-def load_without_the_package(hub, name, work):
+def load_without_the_package(hub, name, work, load=LOAD):
     """Logits of a model on the Hub, by the code that travels with it."""
-    script = ISOLATED.replace('folder, work = sys.argv[1:]\ndata = load_file(work + "/in.safetensors")\n', "") + LOAD
+    script = ISOLATED.replace('folder, work = sys.argv[1:]\ndata = load_file(work + "/in.safetensors")\n', "") + load
     process = subprocess.run(
         [sys.executable, "-c", script, name, work / "out.safetensors"],
         capture_output=True,
@@ -404,6 +405,59 @@ def test_trainer_pushes_with_its_own_card(hub, tmp_path):
     assert {"attnres", "generated_from_trainer"} <= set(data["tags"]) and data["library_name"] == "transformers"
     assert data["base_model"] == "someone/base" and data["license"] == "apache-2.0"
     assert "modeling_attnres.py" in hub.repositories[NAME]
+
+
+PUSH_ADAPTER = """
+import sys, torch
+from huggingface_hub import create_repo, upload_folder
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+from modeling_attnres import ATTN_RES_MODULES
+attnres, pushed, uploaded, work = sys.argv[1:]
+model = AutoModelForCausalLM.from_pretrained(attnres, dtype=torch.float32)
+lora = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear", modules_to_save=ATTN_RES_MODULES)
+model = get_peft_model(model, lora).eval()
+with torch.no_grad():
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter += 0.1 * torch.randn_like(parameter)
+    torch.save(model(torch.arange(1, 15)[None]).logits, work + "/logits.pt")
+model.push_to_hub(pushed, private=True)
+model.save_pretrained(work + "/adapter")
+create_repo(uploaded)
+upload_folder(repo_id=uploaded, folder_path=work + "/adapter")
+"""
+
+LOAD_ADAPTER = """
+from peft import AutoPeftModelForCausalLM
+model = AutoPeftModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True, dtype="float32").eval()
+assert "transformers_modules" in type(model.get_base_model()).__module__
+with torch.no_grad():
+    save_file({"logits": model(torch.arange(1, 15)[None]).logits}, sys.argv[2])
+"""
+
+
+def test_an_adapter_pushes_itself(hub, tmp_path):
+    """Who loads it gets its base, a retrofit, from the Hub too, and the trained depth attention with the LoRA."""
+    hub.repositories[NAME] = file_bytes(retrofit(save_base(tmp_path / "base"), tmp_path / "attnres"))
+    pushed, uploaded = f"{USER}/pushed", f"{USER}/uploaded"
+    process = subprocess.run(
+        [sys.executable, "-c", PUSH_ADAPTER, NAME, pushed, uploaded, tmp_path],
+        capture_output=True,
+        text=True,
+        env=hub.environment(tmp_path / "cache"),
+    )
+    assert process.returncode == 0, process.stderr
+    assert hub.private == {pushed}
+    expected = torch.load(tmp_path / "logits.pt")
+    torch.testing.assert_close(
+        load_without_the_package(hub, pushed, tmp_path, LOAD_ADAPTER), expected, rtol=0, atol=1e-5
+    )
+    assert (expected - load_without_the_package(hub, NAME, tmp_path)).abs().max() > 0.1
+    # PEFT's own `push_to_hub` puts transformers' template in the place of the card
+    for name in (pushed, uploaded):
+        assert json.loads(hub.repositories[name]["adapter_config.json"])["base_model_name_or_path"] == NAME
+    assert metadata(hub.repositories[uploaded]["README.md"].decode())["base_model"] == NAME
 
 
 def test_the_card_of_a_model_that_was_never_saved(tmp_path):

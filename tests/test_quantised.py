@@ -3,11 +3,13 @@
 import pytest
 import torch
 from conftest import tiny_base
+from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from safetensors.torch import load_file, save_file
 from test_conversion import new_shard, tensor_hashes
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 
 from attnres_conversion import retrofit, revert, verify
+from modeling_attnres import ATTN_RES_MODULES
 
 
 SHAPE = {"hidden_size": 64, "intermediate_size": 128, "attention_bias": False, "mlp_bias": False}
@@ -56,3 +58,54 @@ def test_a_retrofit_of_a_quantised_base(name, tmp_path):
     save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(ValueError, match="holds no tensor 'model.layers.1.mlp.up_proj.weight'"):
         retrofit(tmp_path / "base", tmp_path / "incomplete")
+
+
+@pytest.mark.parametrize("order", ["quantised, then retrofitted", "retrofitted, then quantised"])
+@pytest.mark.parametrize("name", QUANTISERS)
+def test_lora_of_a_quantised_model(name, order, tmp_path):
+    """QLoRA and its like: from the quantised base's loss, with gradient checkpointing, to disk and back."""
+    package, config = QUANTISERS[name]
+    pytest.importorskip(package)
+    tiny_base("llama", **SHAPE, tie_word_embeddings=False).save_pretrained(tmp_path / "float")
+    quantise = {"quantization_config": config(), "dtype": torch.float32}
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "float", **quantise)
+    if order == "quantised, then retrofitted":
+        base.save_pretrained(tmp_path / "base")
+        checkpoint, quantise = retrofit(tmp_path / "base", tmp_path / "attnres"), {}
+    else:
+        checkpoint = retrofit(tmp_path / "float", tmp_path / "attnres")
+
+    def load():
+        return AutoModelForCausalLM.from_pretrained(checkpoint, **quantise)
+
+    def with_lora(model, modules_to_save):
+        model = prepare_model_for_kbit_training(model)
+        lora = LoraConfig(r=4, target_modules="all-linear", modules_to_save=modules_to_save, task_type="CAUSAL_LM")
+        return get_peft_model(model, lora).train()
+
+    kind = type(base.model.layers[1].mlp.up_proj)
+    tokens = torch.arange(1, 15)[None]
+    # Where gradients are wanted bitsandbytes computes otherwise, so the base gets a LoRA too
+    base_loss = with_lora(base, None)(tokens, labels=tokens).loss.item()
+    model = with_lora(load(), ATTN_RES_MODULES)
+    assert type(model.get_base_model().model.layers[1].mlp.up_proj.base_layer) is kind
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    # A LoRA of seven projections in five layers; query and key norm of ten depth attentions
+    assert [sum(part in name for name in trained) for part in ("lora_A", "lora_B", "_res.")] == [35, 35, 20]
+    before = {name: parameter.detach().clone() for name, parameter in trained.items()}
+    optimizer = torch.optim.AdamW(trained.values(), lr=1e-2)
+    losses = []
+    for _ in range(5):
+        loss = model(tokens, labels=tokens).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[0] == pytest.approx(base_loss, abs=1e-4) and losses[-1] < losses[0] - 0.1
+    assert not any(torch.equal(parameter, before[name]) for name, parameter in trained.items())
+
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = PeftModel.from_pretrained(prepare_model_for_kbit_training(load()), tmp_path / "adapter")
+    with torch.no_grad():
+        expected, actual = (m.eval()(tokens).logits for m in (model, loaded))
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)

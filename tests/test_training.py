@@ -7,8 +7,9 @@ import warnings
 import pytest
 import torch
 from conftest import attnres_of, tiny_base
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
+from attnres_conversion import retrofit
 from modeling_attnres import attn_res_parameter_groups
 
 
@@ -20,6 +21,10 @@ def data():
 
 def arguments(folder, **fields):
     return TrainingArguments(str(folder), report_to="none", use_cpu=True, disable_tqdm=True, **fields)
+
+
+def adamw(model, **rates):
+    return torch.optim.AdamW(attn_res_parameter_groups(model, **rates), eps=1e-12)
 
 
 @pytest.mark.parametrize("label_smoothing_factor", [0.0, 0.1])
@@ -55,10 +60,6 @@ def test_parameter_groups_by_trainer_s_hook(data, tmp_path):
     """The first step of Adam is as long as the rate, whatever the gradient."""
     model = attnres_of(tiny_base("llama"))
     before = model.model.norm.weight.clone()
-
-    def adamw(model, **rates):
-        return torch.optim.AdamW(attn_res_parameter_groups(model, **rates), eps=1e-12)
-
     rates = {"learning_rate": 1e-3, "attn_res_learning_rate": 1e-4}
     args = arguments(tmp_path, max_steps=1, lr_scheduler_type="constant", max_grad_norm=0)
     Trainer(model, args, train_dataset=data, optimizer_cls_and_kwargs=(lambda: adamw, rates)).train()
@@ -66,6 +67,18 @@ def test_parameter_groups_by_trainer_s_hook(data, tmp_path):
     torch.testing.assert_close(query.abs(), torch.full_like(query, 1e-4), rtol=1e-3, atol=0)
     step = (model.model.norm.weight - before).abs()
     torch.testing.assert_close(step, torch.full_like(step, 1e-3), rtol=1e-2, atol=1e-6)
+
+
+@pytest.mark.parametrize("width", [32, 64, 256])
+def test_a_usual_rate_is_right_at_every_width(width, data, tmp_path):
+    """A retrofit, Trainer's own optimizer, a LoRA's rate: a step moves a logit by no more than 128 times the rate."""
+    tiny_base("llama", hidden_size=width).save_pretrained(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(retrofit(tmp_path / "base", tmp_path / "attnres"))
+    args = arguments(tmp_path, max_steps=1, learning_rate=2e-4, lr_scheduler_type="constant")
+    Trainer(model, args, train_dataset=data).train()
+    # The keys have unit RMS, so the largest logit is that of the key with the query's signs
+    query = model.model.output_res.query.detach()
+    assert query.abs().sum().item() / model.config.attn_res_temperature == pytest.approx(128 * 2e-4, rel=1e-2)
 
 
 def test_a_rate_far_outside_is_warned_of():
@@ -90,13 +103,12 @@ class KillAt(TrainerCallback):
 def test_a_killed_run_goes_on_where_it_was(step, data, tmp_path):
     """The losses after resuming are those of a run that nothing happened to."""
 
-    def run(folder, callbacks=(), resume=False):
+    def run(folder, callbacks=None, resume=False):
         torch.manual_seed(0)
         model = attnres_of(tiny_base("llama"))
-        args = arguments(
-            folder, max_steps=8, save_steps=2, logging_steps=1, learning_rate=1e-2, per_device_train_batch_size=2
-        )
-        trainer = Trainer(model, args, train_dataset=data, callbacks=list(callbacks))
+        args = arguments(folder, max_steps=8, save_steps=2, logging_steps=1, per_device_train_batch_size=2)
+        optimizer = (lambda: adamw, {"learning_rate": 1e-2, "attn_res_learning_rate": 3e-3, "weight_decay": 0.1})
+        trainer = Trainer(model, args, train_dataset=data, callbacks=callbacks, optimizer_cls_and_kwargs=optimizer)
         trainer.train(resume_from_checkpoint=resume)
         return {row["step"]: row["loss"] for row in trainer.state.log_history if "loss" in row}
 

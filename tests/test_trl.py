@@ -48,25 +48,32 @@ def losses_and_queries(trainer):
     return [row["loss"] for row in trainer.state.log_history if "loss" in row], queries
 
 
-@pytest.mark.parametrize("adapter", [False, True], ids=["in full", "LoRA"])
+each_way = pytest.mark.parametrize("adapter", [False, True], ids=["in full", "LoRA"])
+
+
+def lora(name):
+    return LoraConfig(target_modules="all-linear", modules_to_save=ATTN_RES_MODULES if name == "attnres" else None)
+
+
+@each_way
 def test_sft(adapter, models, tokenizer, tmp_path):
     texts = Dataset.from_dict({"text": [f"{a} and {a + 1} make {2 * a + 1}" for a in range(8)]})
     losses = {}
     for name, model in models.items():
-        lora = LoraConfig(target_modules="all-linear", modules_to_save=ATTN_RES_MODULES if name == "attnres" else None)
         trainer = SFTTrainer(
             model,
             arguments(SFTConfig, tmp_path / "output"),
             train_dataset=texts,
             processing_class=tokenizer,
-            peft_config=lora if adapter else None,
+            peft_config=lora(name) if adapter else None,
         )
         losses[name], queries = losses_and_queries(trainer)
     assert losses["attnres"][0] == pytest.approx(losses["base"][0], abs=1e-4)
     assert len(queries) == 10 and all((query != 0).any() for query in queries)
 
 
-def test_dpo(models, tokenizer, tmp_path):
+@each_way
+def test_dpo(adapter, models, tokenizer, tmp_path):
     pairs = Dataset.from_dict(
         {
             "prompt": [f"{a} and {a + 1} make" for a in range(8)],
@@ -77,7 +84,13 @@ def test_dpo(models, tokenizer, tmp_path):
     losses = {}
     for name, model in models.items():
         args = arguments(DPOConfig, tmp_path / "output")
-        trainer = DPOTrainer(model, args=args, train_dataset=pairs, processing_class=tokenizer)
+        trainer = DPOTrainer(
+            model,
+            args=args,
+            train_dataset=pairs,
+            processing_class=tokenizer,
+            peft_config=lora(name) if adapter else None,
+        )
         losses[name], queries = losses_and_queries(trainer)
     # The policy is the reference at first: ln 2
     assert losses["attnres"][0] == pytest.approx(losses["base"][0], abs=1e-4) == pytest.approx(0.6931, abs=1e-3)

@@ -1,0 +1,152 @@
+"""Learning curves and sweeps of what compare_training.py and pretrain.py wrote, as a picture and a Markdown table.
+
+    python examples/plot_training.py losses.jsonl --output losses.png
+    python examples/plot_training.py losses.jsonl --output losses.png --arms-by arm block_size
+
+Each arm is shown at its best: the setting with the least final loss, mean of the seeds that all its settings have.
+"""
+
+import argparse
+import json
+from collections import defaultdict
+from itertools import cycle
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+
+
+matplotlib.use("agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+
+# Okabe and Ito's, which the colour-blind tell apart; markers for who prints in grey
+COLOURS = ["black", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
+MARKERS = "os^Dv*P"
+
+RATES = ("learning_rate", "attn_res_learning_rate")
+ATTN_RES = ("type", "block_size", "temperature")
+# Of a row, what is no setting
+MEASURED = ("seed", "losses", "seconds")
+
+
+def read(files: list[Path], arms_by: list[str]) -> dict[str, dict[tuple, dict[int, list[dict]]]]:
+    """The points of each curve, by arm, setting and seed. Of runs that were made twice, the later."""
+    arms = defaultdict(lambda: defaultdict(dict))
+    for row in (json.loads(line) for file in files for line in file.read_text().splitlines()):
+        if row.get("temperature") is None:
+            # A model without Attention Residuals has no setting of them
+            row = {name: value for name, value in row.items() if name not in ATTN_RES}
+        arm = " ".join(str(row[name]) for name in arms_by if name in row)
+        setting = tuple((name, value) for name, value in row.items() if name not in (*MEASURED, *arms_by))
+        arms[arm][setting][row["seed"]] = row["losses"]
+    return arms
+
+
+def final(runs: dict[int, list[dict]], seeds) -> float:
+    return float(np.mean([runs[seed][-1]["loss"] for seed in seeds]))
+
+
+def common_seeds(arm: str, settings: dict[tuple, dict]) -> set[int]:
+    seeds = set.intersection(*map(set, settings.values()))
+    if not seeds:
+        raise ValueError(f"The settings of arm {arm!r} have no seed in common, so none of them can be called the best.")
+    return seeds
+
+
+def best(arm: str, settings: dict[tuple, dict]) -> tuple:
+    seeds = common_seeds(arm, settings)
+    losses = {setting: final(runs, seeds) for setting, runs in settings.items()}
+    # A run that diverged ended in no number
+    return min(losses, key=lambda setting: np.nan_to_num(losses[setting], nan=np.inf))
+
+
+def curve(runs: dict[int, list[dict]], x: str) -> tuple[np.ndarray, np.ndarray]:
+    """Places (mean of the seeds') and losses (seeds by places)."""
+    points = list(runs.values())
+    return np.mean([[p[x] for p in run] for run in points], 0), np.array([[p["loss"] for p in run] for run in points])
+
+
+def draw_curves(axes: plt.Axes, chosen: dict[str, dict], x: str, styles: dict, first_step: int) -> None:
+    for arm, runs in chosen.items():
+        runs = {seed: [point for point in run if point["step"] >= first_step] for seed, run in runs.items()}
+        places, losses = curve(runs, x)
+        axes.plot(places, losses.mean(0), label=arm, markersize=4, **styles[arm])
+        axes.fill_between(places, losses.min(0), losses.max(0), color=styles[arm]["color"], alpha=0.15, linewidth=0)
+    axes.set(xlabel="seconds of training" if x == "seconds" else x, ylabel="loss on held-out text")
+
+
+def draw_sweep(axes: plt.Axes, arms: dict[str, dict], styles: dict) -> None:
+    """The final loss against the rate, at the best of all other settings."""
+    rates = set()
+    for arm, settings in arms.items():
+        # Over their own rate, where that of queries and key norms alone was swept
+        values = {name: {dict(s)[name] for s in settings if name in dict(s)} for name in RATES}
+        rate = RATES[1] if len(values[RATES[0]]) < len(values[RATES[1]]) else RATES[0]
+        seeds = common_seeds(arm, settings)
+        least = defaultdict(lambda: np.inf)
+        for setting, runs in settings.items():
+            least[dict(setting)[rate]] = min(least[dict(setting)[rate]], final(runs, seeds))
+        places = sorted(least)
+        rates |= least.keys()
+        label = f"{arm}: of queries and key norms" if rate == RATES[1] else arm
+        axes.plot(places, [least[place] for place in places], label=label, markersize=5, **styles[arm])
+    axes.set(xscale="log", xlabel="learning rate", ylabel="final loss")
+    axes.set_xticks(sorted(rates), [f"{rate:g}" for rate in sorted(rates)], rotation=30)
+    axes.minorticks_off()
+
+
+def spread(values: np.ndarray) -> str:
+    return f"{np.mean(values):.4f} ({np.min(values):.4f} to {np.max(values):.4f})"
+
+
+def table(arms: dict[str, dict], settings: dict[str, tuple]) -> str:
+    """Differences are from the arm `base` with the same seed, at the same step and at the same wall time."""
+    columns = ["arm", "at its best", "final loss", "minus the base's", "the same at the base's wall time"]
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    bases = arms["base"][settings["base"]] if "base" in arms else {}
+    for arm, setting in settings.items():
+        # Only what the arm was tried with more than one value of says anything; the rates always do
+        varied = [(n, v) for n, v in setting if n in RATES or len({dict(s).get(n) for s in arms[arm]}) > 1]
+        runs = arms[arm][setting]
+        differences, at_equal_time = [], []
+        for seed in sorted(set(runs) & set(bases)) if arm != "base" else []:
+            run, end = runs[seed], bases[seed][-1]
+            differences.append(run[-1]["loss"] - end["loss"])
+            if "seconds" in run[-1] and "seconds" in end:
+                seconds, losses = ([point[name] for point in run] for name in ("seconds", "loss"))
+                at_equal_time.append(np.interp(end["seconds"], seconds, losses) - end["loss"])
+        cells = [arm, ", ".join(f"{name} {value:g}" if name in RATES else f"{name} {value}" for name, value in varied)]
+        cells.append(spread([run[-1]["loss"] for run in runs.values()]))
+        cells += [spread(values) if values else "" for values in (differences, at_equal_time)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", nargs="+", type=Path, help="of JSON lines")
+    parser.add_argument("--output", type=Path, required=True, help="picture to write")
+    parser.add_argument("--arms-by", nargs="+", default=["arm"], help="fields that name an arm (default: arm)")
+    parser.add_argument("--first-step", type=int, default=0, help="leave the curves' beginning out")
+    args = parser.parse_args()
+
+    arms = read(args.files, args.arms_by)
+    settings = {arm: best(arm, arms[arm]) for arm in arms}
+    chosen = {arm: arms[arm][setting] for arm, setting in settings.items()}
+    styles = {arm: {"color": c, "marker": m} for arm, c, m in zip(arms, cycle(COLOURS), cycle(MARKERS))}
+    timed = all("seconds" in point for runs in chosen.values() for run in runs.values() for point in run)
+    figure, panels = plt.subplots(1, 2 + timed, figsize=(4.5 * (2 + timed), 3.8), layout="constrained")
+    for axes, x in zip(panels, ["step", "seconds"][: 1 + timed]):
+        draw_curves(axes, chosen, x, styles, args.first_step)
+    draw_sweep(panels[-1], arms, styles)
+    for axes in panels:
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="small")
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(args.output, dpi=120)
+    print(table(arms, settings))
+
+
+if __name__ == "__main__":
+    main()
