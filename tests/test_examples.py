@@ -84,7 +84,7 @@ def test_a_base_from_scratch_retrofitted_trained_on_and_generating(real_text, tm
     # Warm-up leaves one step of Adam, as long as the rate
     assert trained.model.output_res.query.abs().max().item() == pytest.approx(5e-4, rel=1e-2)
 
-    compared = ("--files", *files, "--steps", 2, "--eval-steps", 1, "--rates", 1e-3, "--attn-res-rates", 5e-4)
+    compared = (*arguments, "--eval-steps", 1, "--eval-blocks", 4, "--rates", 1e-3, "--attn-res-rates", 5e-4)
     run("compare_training.py", tmp_path / "base", *compared, "--output", tmp_path / "compared.jsonl")
     rows = [json.loads(line) for line in (tmp_path / "compared.jsonl").read_text().splitlines()]
     assert [row["arm"] for row in rows] == ["base", "attnres", "attnres-only", "lora", "lora-attnres"]
