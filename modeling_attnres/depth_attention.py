@@ -79,7 +79,7 @@ def choose_implementation(name: str, source: torch.Tensor):
         return fused_depth_attention
     if source.numel() <= STREAMING_SIZE:
         return depth_attention
-    return streaming_depth_attention if name == "eager" else compiled_depth_attention()
+    return streaming_depth_attention if name == "eager" else compiled_depth_attention
 
 
 class DepthAttentionWeights(nn.Module):

@@ -10,16 +10,39 @@ from .streaming_depth_attention import streaming_depth_attention
 
 
 @cache
-def compiled_depth_attention() -> Callable:
-    """
-    [`streaming_depth_attention`], which a compiler makes into loops that read half precision as it lies. It compiles
-    for each number of sources, when first called with it.
-    """
+def compiled_operator() -> Callable:
+    """[`streaming_depth_attention`] in loops that read half precision as it lies; one graph a number of sources."""
     try:
         # By itself torch gives up after eight
         return torch.compile(streaming_depth_attention, recompile_limit=256)
     except TypeError:  # torch before 2.13
         return torch.compile(streaming_depth_attention)
+
+
+def compiled_depth_attention(
+    query: torch.Tensor,
+    key_norm: torch.Tensor,
+    sources: tuple[torch.Tensor, ...],
+    scale: str,
+    eps: float,
+) -> torch.Tensor:
+    r"""
+    Takes and gives what [`depth_attention`] does. The first call with a number of sources compiles.
+
+    Raises:
+        `ImportError`: there is no C++ compiler.
+    """
+    # Whoever compiles the whole model compiles this too
+    attend = streaming_depth_attention if torch.compiler.is_compiling() else compiled_operator()
+    try:
+        return attend(query, key_norm, sources, scale, eps)
+    except Exception as error:
+        if "C++ compiler" not in str(error):
+            raise
+        raise ImportError(
+            "`attn_res_implementation` is 'fused', which on a CPU needs a C++ compiler (g++ or clang++), and none was "
+            "found: install one, or choose 'eager'."
+        ) from error
 
 
 @cache

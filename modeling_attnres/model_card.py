@@ -85,23 +85,32 @@ tokenizer = AutoTokenizer.from_pretrained("{name}", trust_remote_code=True)
 {made}
 
 torch {torch.__version__}, transformers {transformers.__version__}.
+
+{_end(MADE)}
 """
 
 
 def section(card: str, heading: str) -> str | None:
-    """What stands under this heading."""
+    """What stands under this heading, in a section that was written here."""
     found = re.search(_pattern(heading), card, re.DOTALL)
     return found and found[1].strip()
 
 
 def with_section(card: str, heading: str, content: str) -> str:
-    """The card with this section at its end, in place of an older one of this heading; without, if it is empty."""
+    """
+    The card with this section at its end, in place of an older one that was written here; without, if it is empty. What
+    others wrote stays, a section of the same heading too.
+    """
     card = re.sub(_pattern(heading), "", card, flags=re.DOTALL).rstrip()
-    return f"{card}\n\n## {heading}\n\n{content}\n" if content else f"{card}\n"
+    return f"{card}\n\n## {heading}\n\n{content}\n\n{_end(heading)}\n" if content else f"{card}\n"
+
+
+def _end(heading: str) -> str:
+    return f"<!-- end of {heading!r}, written by modeling_attnres -->"
 
 
 def _pattern(heading: str) -> str:
-    return rf"\n## {re.escape(heading)}\n(.*?)(?=\n## |\Z)"
+    return rf"\n## {re.escape(heading)}\n((?:(?!\n## ).)*?)\n{re.escape(_end(heading))}\n?"
 
 
 def with_pictures(card: str, paths: Iterable[str]) -> str:

@@ -1,6 +1,8 @@
 """The operators against fla's reference and a float64 formula, in value and gradient."""
 
+import os
 import shutil
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -257,6 +259,18 @@ def test_fused_on_a_cpu(scale, monkeypatch):
     half = [tensor.detach() for tensor in inputs(4, torch.bfloat16, shape=(2, 8, 64))[2:]]
     expected = formula(module.query.detach(), module.key_norm.detach(), *half, scale=scale)
     torch.testing.assert_close(module(*half), expected.bfloat16(), rtol=2**-7, atol=1e-5)
+
+
+def test_fused_on_a_cpu_without_a_compiler_says_what_is_missing(tmp_path):
+    code = """
+import torch
+from modeling_attnres.fused_depth_attention import compiled_depth_attention
+compiled_depth_attention(torch.zeros(8), torch.ones(8), [torch.ones(2, 8), torch.ones(2, 8)], "sum", 1e-6)
+"""
+    environment = {**os.environ, "PATH": str(tmp_path), "CXX": "none", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+    message = process.stderr.splitlines()[-1]
+    assert message.startswith("ImportError: `attn_res_implementation` is 'fused'") and "choose 'eager'" in message
 
 
 def test_fused_without_fla_says_what_is_missing(fla_is_imported_anew, monkeypatch):

@@ -17,11 +17,12 @@ from safetensors.torch import load_file
 from test_cli import attnres
 from test_conversion import file_bytes, save_base, tensor_hashes
 from test_remote_code import ISOLATED
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from attnres_conversion import inspect_checkpoint, push, retrofit
 from attnres_conversion.page import write_page
 from attnres_conversion.pictures import write_pictures
+from modeling_attnres.model_card import with_pictures
 
 
 BASE, NAME = f"{USER}/base", f"{USER}/base-attnres"
@@ -483,3 +484,28 @@ def test_the_card_of_a_model_that_was_never_saved(tmp_path):
     (folder / "README.md").write_text("---\nlicense: mit\nbase_model: someone/else\n---\n")
     data = metadata(type(model).from_pretrained(folder).model_card())
     assert data["base_model"] == "a-base" and data["license"] == "mit"
+
+
+def test_what_others_wrote_into_a_card_stays(tmp_path):
+    output = retrofit(save_base(tmp_path / "base"), tmp_path / "attnres")
+    path = output / "README.md"
+    for _ in range(2):
+        assert attnres("verify", tmp_path / "base", output).returncode == 0
+        notes = "\n# Training\n\nNotes.\n\n## Depth attention\n\nMine.\n"
+        path.write_text(path.read_text() + notes)
+    card = path.read_text()
+    assert card.count("Notes.") == card.count("Mine.") == 2 and card.count("## Verification") == 1
+    assert with_pictures(card, []).count("Mine.") == 2
+
+
+def test_a_card_claims_nothing_of_another_model(tmp_path):
+    """Of one that is made of the configuration alone, and of one with another depth attention."""
+    output = retrofit(save_base(tmp_path / "base"), tmp_path / "attnres")
+    assert attnres("verify", tmp_path / "base", output).returncode == 0
+    AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(output)).save_pretrained(tmp_path / "random")
+    assert not (tmp_path / "random" / "README.md").exists()
+    model = AutoModelForCausalLM.from_pretrained(output, attn_res_scale="mean", attn_res_type="full")
+    # As for any model, by position
+    model.save_pretrained(tmp_path / "other", True, model.state_dict())
+    card = (tmp_path / "other" / "README.md").read_text()
+    assert metadata(card)["base_model"] == "base" and "Verification" not in card and "attnres retrofit" not in card
