@@ -119,6 +119,19 @@ class PeakMemory:
             self.bytes = int(status["VmHWM"].split()[0]) * 1024
 
 
+def memory_bandwidth(device: str) -> float:
+    """What a copy of 256 MB reads and writes, in GB/s: the best of five."""
+    source = torch.ones(2**26, device=device)
+    target, seconds = torch.empty_like(source), []
+    for _ in range(5):
+        start = time.perf_counter()
+        target.copy_(source)
+        if source.is_cuda:
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return 2 * source.nbytes / min(seconds) / 1e9
+
+
 def prefill(model: torch.nn.Module, tokens: torch.Tensor):
     with torch.no_grad():
         model(tokens, logits_to_keep=1)
@@ -223,6 +236,7 @@ def main():
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "parameters": base.num_parameters(),
+        "memory GB/s": round(memory_bandwidth(args.device), 1),
     }
     options = {
         **{"size": args.size, "dtype": args.dtype, "gradient_checkpointing": args.gradient_checkpointing},

@@ -5,6 +5,7 @@ import os
 import shutil
 from contextlib import suppress
 from functools import wraps
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -80,9 +81,9 @@ def _upload_modified_files(self, working_dir: str, repo_id: str, *args, **kwargs
 
 def _pictures(source: Path, folder: Path) -> list[str]:
     """Heat map and page from the source's folder, copied, if the weights in the other are still the source's."""
-    weights = [file.stat().st_mtime for file in source.glob("*.safetensors")]
+    written = max((file.stat().st_mtime for file in source.glob("*.safetensors")), default=inf)
     # One that is older than the weights shows others
-    found = [path for path in PICTURES if (source / path).is_file() and (source / path).stat().st_mtime >= max(weights)]
+    found = [path for path in PICTURES if (source / path).is_file() and (source / path).stat().st_mtime >= written]
     if not found or source.samefile(folder) or not _same_model(source, folder):
         return []
     for path in found:
