@@ -66,10 +66,20 @@ class Clock(TrainerCallback):
 
 
 def train(
-    model: torch.nn.Module, rates: dict[str, float], train_blocks, held_out_blocks, args, seed: int
+    model: torch.nn.Module,
+    rates: dict[str, float],
+    train_blocks,
+    held_out_blocks,
+    args,
+    seed: int,
+    optim: str | None = None,
 ) -> list[dict]:
-    """Losses on held-out text, by step, with the seconds of training up to there."""
+    """
+    Losses on held-out text, by step, with the seconds of training up to there. `optim` is an optimizer of Trainer's own,
+    with one rate for all parameters, in the place of AdamW with our groups.
+    """
     clock = Clock()
+    own = {"optim": optim, "learning_rate": rates["learning_rate"]} if optim else {}
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
             model=model,
@@ -90,11 +100,12 @@ def train(
                 use_cpu=not torch.cuda.is_available(),
                 # Which batches a step sees hangs on the seed alone
                 seed=seed,
+                **own,
             ),
             train_dataset=train_blocks,
             eval_dataset=held_out_blocks,
             callbacks=[clock],
-            optimizer_cls_and_kwargs=(lambda: adamw, rates),
+            optimizer_cls_and_kwargs=None if optim else (lambda: adamw, rates),
         )
         trainer.train()
     evaluations = [row for row in trainer.state.log_history if "eval_loss" in row]
@@ -111,6 +122,7 @@ def main():
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS)
     parser.add_argument("--rates", nargs="+", type=float, default=[5e-5], help="learning rates of all but AttnRes")
     parser.add_argument("--attn-res-rates", nargs="+", type=float, help="of queries and key norms (default: the same)")
+    parser.add_argument("--optim", help="an optimizer of Trainer's, one rate for all (default: AdamW with our groups)")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--type", choices=["block", "full"], default="block")
     parser.add_argument("--block-size", type=int)
@@ -124,6 +136,8 @@ def main():
     parser.add_argument("--lora-rank", type=int, default=8)
     parser.add_argument("--bf16", action="store_true", help="autocast")
     args = parser.parse_args()
+    if args.optim and args.attn_res_rates:
+        parser.error(f"--attn-res-rates with --optim {args.optim}: an optimizer of Trainer's has one rate for all.")
 
     tokenizer = AutoTokenizer.from_pretrained(args.base)
     train_blocks, held_out_blocks = token_blocks(args.files or recent_files(), tokenizer, args.block_length)
@@ -151,10 +165,11 @@ def main():
                         if "attnres" in arm:
                             rates["attn_res_learning_rate"] = attn_res_rate
                         start = time.perf_counter()
-                        losses = train(model, rates, train_blocks, held_out_blocks, args, seed)
+                        losses = train(model, rates, train_blocks, held_out_blocks, args, seed, args.optim)
                         row = {
                             **{"base": Path(args.base).name, "arm": arm, "type": args.type, "seed": seed, **rates},
                             **{"block_size": args.block_size, "temperature": temperature, "losses": losses},
+                            **({"optim": args.optim} if args.optim else {}),
                             "seconds": round(time.perf_counter() - start),
                         }
                         with args.output.open("a") as file:

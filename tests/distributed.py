@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from accelerate.state import DistributedType, PartialState
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
 
 from modeling_attnres import attn_res_parameter_groups
 
@@ -28,7 +29,10 @@ def rows() -> torch.Tensor:
 
 
 def train(checkpoint: str, output: str, batch_size: int, **fields) -> Trainer:
-    """Four steps on four rows each, with rates and weight decay of their own for queries and matrices."""
+    """
+    Four steps on four rows each, with rates and weight decay of their own for queries and matrices; from the last
+    checkpoint in `output`, if there is one.
+    """
     args = TrainingArguments(
         output,
         max_steps=4,
@@ -41,7 +45,7 @@ def train(checkpoint: str, output: str, batch_size: int, **fields) -> Trainer:
     rates = {"learning_rate": 1e-2, "attn_res_learning_rate": 3e-3, "weight_decay": 0.1}
     data = [{"input_ids": row, "labels": row} for row in rows()]
     trainer = Trainer(load(checkpoint), args, train_dataset=data, optimizer_cls_and_kwargs=(lambda: adamw, rates))
-    trainer.train()
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(output))
     return trainer
 
 
@@ -64,11 +68,12 @@ def ddp(checkpoint: str, output: str) -> None:
 
 
 def fsdp2(checkpoint: str, output: str) -> None:
-    write_losses(train(checkpoint, output, batch_size=2, save_strategy="steps", save_steps=4), output)
+    write_losses(train(checkpoint, output, batch_size=2, save_strategy="steps", save_steps=2), output)
 
 
 def zero3(checkpoint: str, output: str) -> None:
-    trainer = train(checkpoint, output, batch_size=2, gradient_checkpointing=True)
+    fields = {"gradient_checkpointing": True, "save_strategy": "steps", "save_steps": 2}
+    trainer = train(checkpoint, output, batch_size=2, **fields)
     trainer.save_model()
     write_losses(trainer, output)
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -58,6 +59,15 @@ def losses_of(folder):
     return json.loads((folder / "losses.json").read_text())
 
 
+def resume_after_two_steps(command, folder):
+    """As if the run in `folder` had been killed at step 3: what goes on from its checkpoint is the same run."""
+    expected = losses_of(folder)
+    shutil.rmtree(folder / "checkpoint-4")
+    (folder / "losses.json").unlink()
+    accelerate_launch(*command)
+    assert losses_of(folder) == pytest.approx(expected, abs=1e-6)
+
+
 def test_ddp(checkpoint, one_process, tmp_path):
     """With gradient checkpointing."""
     torchrun("DDP", checkpoint, tmp_path)
@@ -65,10 +75,12 @@ def test_ddp(checkpoint, one_process, tmp_path):
 
 
 def test_fsdp2(checkpoint, one_process, tmp_path):
-    """With gradient checkpointing, saved in shards and loaded back into one process."""
+    """With gradient checkpointing, killed and resumed, saved in shards and loaded back into one process."""
     in_shards = ("--fsdp_state_dict_type", "SHARDED_STATE_DICT")
-    accelerate_launch("fsdp2.yaml", *in_shards, SCRIPT, "FSDP2", checkpoint, tmp_path)
+    command = ("fsdp2.yaml", *in_shards, SCRIPT, "FSDP2", checkpoint, tmp_path)
+    accelerate_launch(*command)
     assert losses_of(tmp_path) == pytest.approx(losses(one_process), abs=1e-4)
+    resume_after_two_steps(command, tmp_path)
 
     shards = tmp_path / "checkpoint-4" / "pytorch_model_fsdp_0"
     assert len(list(shards.glob("*.distcp"))) == 2
@@ -81,10 +93,12 @@ def test_fsdp2(checkpoint, one_process, tmp_path):
 
 
 def test_zero3(checkpoint, one_process, tmp_path):
-    """With gradient checkpointing, from parameters that are cut up as they are loaded."""
+    """With gradient checkpointing, killed and resumed, from parameters that are cut up as they are loaded."""
     pytest.importorskip("deepspeed")
-    accelerate_launch("zero3.yaml", SCRIPT, "ZeRO-3", checkpoint, tmp_path)
+    command = ("zero3.yaml", SCRIPT, "ZeRO-3", checkpoint, tmp_path)
+    accelerate_launch(*command)
     assert losses_of(tmp_path) == pytest.approx(losses(one_process), abs=1e-4)
+    resume_after_two_steps(command, tmp_path)
     with torch.no_grad():
         expected = one_process.model.eval()(rows()).logits
         torch.testing.assert_close(load(str(tmp_path))(rows()).logits, expected, rtol=0, atol=1e-3)

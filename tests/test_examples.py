@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from peft import PeftModel
@@ -92,6 +93,12 @@ def test_a_base_from_scratch_retrofitted_trained_on_and_generating(real_text, tm
     assert first == pytest.approx([first[0]] * 5, abs=1e-4), "each arm starts as the base"
     assert len({round(loss, 5) for loss in (first[0], *last)}) == 6, "and goes its own way"
 
+    # Without a rate of their own and from another optimizer, where a step of so small a rate is next to none
+    plain = (*arguments, "--eval-steps", 1, "--eval-blocks", 4, "--rates", 1e-6, "--optim", "sgd", "--arms", "attnres")
+    run("compare_training.py", tmp_path / "base", *plain, "--output", tmp_path / "plain.jsonl")
+    row = json.loads((tmp_path / "plain.jsonl").read_text())
+    assert row["optim"] == "sgd" and row["losses"][-1]["loss"] == pytest.approx(first[0], abs=1e-4)
+
     for alone, trained in (("--attnres-alone", 6 * 2 * 64), ("--rank=2", None)):
         output = run("finetune_lora.py", tmp_path / "attnres", tmp_path / "adapter", *arguments, alone)
         assert trained is None or f"trainable params: {trained} " in output
@@ -177,6 +184,31 @@ def test_each_arm_at_its_best_setting(tmp_path):
     del arms["attnres"][best("attnres", arms["attnres"])][0]
     with pytest.raises(ValueError, match="settings of arm 'attnres' have no seed in common"):
         best("attnres", arms["attnres"])
+
+
+def test_the_noise_of_a_gradient():
+    """Against the variance of gradients that are the inputs themselves."""
+    import torch
+    from gradient_noise import noise_scales
+
+    class Linear(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.mlp_res = torch.nn.ParameterDict({"query": torch.zeros(5), "key_norm": torch.zeros(5)})
+            self.weight = torch.nn.Parameter(torch.zeros(3, 4))
+
+        def forward(self, x):
+            loss = (self.mlp_res["query"] * x[:5]).sum() + (self.weight * x[5:].view(3, 4)).sum()
+            return SimpleNamespace(loss=loss + 0 * self.mlp_res["key_norm"].sum())
+
+    inputs = 1.0 + 2 * torch.randn(40, 17, generator=torch.Generator().manual_seed(0))
+    scales = noise_scales(Linear(), [{"x": row} for row in inputs], tokens=10)
+    assert list(scales) == ["all other parameters", "mlp_res, keys", "mlp_res, query"]
+    for group, gradients in (("mlp_res, query", inputs[:, :5]), ("all other parameters", inputs[:, 5:])):
+        variance = gradients.var(0, correction=1).sum()
+        signal = gradients.mean(0).square().sum() - variance / len(inputs)
+        assert scales[group] == pytest.approx((signal.sqrt().item(), (10 * variance / signal).item()), rel=1e-4)
+    assert scales["mlp_res, keys"] == (0.0, float("inf"))
 
 
 def test_benchmark(tmp_path):

@@ -1,0 +1,71 @@
+"""How many tokens a step needs before a gradient is more signal than noise: the queries' next to all other parameters'.
+
+    python examples/gradient_noise.py my-attnres
+
+The simple noise scale of McCandlish et al. (arXiv 1812.06162, appendix A.1), tr(Σ) / |G|², in tokens. In a batch of that
+size the noise is as long as the mean; Adam, which sees only their sum, makes steps of the same length of either.
+"""
+
+import argparse
+from collections import defaultdict
+
+import torch
+from text import recent_files, token_blocks
+from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from modeling_attnres.training import ATTN_RES_MODULES
+
+
+def group_of(name: str) -> str:
+    part = next((part for part in name.split(".") if part in ATTN_RES_MODULES), None)
+    return "all other parameters" if part is None else f"{part}, {'keys' if 'norm' in name else 'query'}"
+
+
+def noise_scales(model: PreTrainedModel, batches: list[dict], tokens: int) -> dict[str, tuple[float, float]]:
+    """
+    Signal |G| and noise scale in tokens of each group of parameters, from the gradients of at least two batches of
+    `tokens` tokens each. Where the noise hides the signal, the scale is infinite.
+    """
+    sums, each, together = {}, defaultdict(float), defaultdict(float)
+    for batch in batches:
+        model.zero_grad()
+        model(**batch).loss.backward()
+        for name, parameter in model.named_parameters():
+            gradient = parameter.grad.double() if parameter.numel() < 1e5 else parameter.grad
+            each[group_of(name)] += gradient.square().sum().item() / len(batches)
+            sums[name] = sums[name].add_(gradient) if name in sums else gradient.clone()
+    for name, total in sums.items():
+        together[group_of(name)] += (total / len(batches)).square().sum().item()
+    n = len(batches)
+    scales = {}
+    for group in sorted(each):
+        # |G_batch|² = |G|² + tr(Σ) / tokens, and the same for all batches as one
+        signal = (n * together[group] - each[group]) / (n - 1)
+        noise = (each[group] - together[group]) * n / (n - 1) * tokens
+        scales[group] = (max(signal, 0.0) ** 0.5, noise / signal if signal > 0 else float("inf"))
+    return scales
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", help="folder or Hub id")
+    parser.add_argument("--files", nargs="+", help="text files (default: the newest sources of transformers)")
+    parser.add_argument("--batches", type=int, default=32)
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--block-length", type=int, default=256)
+    args = parser.parse_args()
+
+    tokenizer = AutoTokenizer.from_pretrained(args.checkpoint)
+    model = AutoModelForCausalLM.from_pretrained(args.checkpoint, dtype=torch.float32)
+    blocks, _ = token_blocks(args.files or recent_files(), tokenizer, args.block_length)
+    loader = DataLoader(blocks.shuffle(seed=0), args.batch_size, drop_last=True)
+    batches = [batch for batch, _ in zip(loader, range(args.batches))]
+    tokens = args.batch_size * args.block_length
+    print("| parameters | signal | tokens a step for as much signal as noise |\n|---|---|---|")
+    for group, (signal, scale) in noise_scales(model, batches, tokens).items():
+        print(f"| {group} | {signal:.2e} | {scale:,.0f} |")
+
+
+if __name__ == "__main__":
+    main()
