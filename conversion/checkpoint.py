@@ -180,7 +180,8 @@ def read_weight_map(index: Path) -> dict[str, str]:
 
 
 def write_json(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    # The same bytes on every system
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8", newline="\n")
 
 
 def write_index(folder: Path) -> None:
@@ -219,8 +220,9 @@ def new_folder(output: Path, source: Path) -> Iterator[Path]:
         raise taken
     if target == Path.cwd():
         raise ValueError(f"The output {output} is the current folder, which cannot be replaced: name another.")
+    mounted = ValueError(f"The output {output} is a mount point, which cannot be replaced: name a folder in it.")
     if os.path.ismount(target):
-        raise ValueError(f"The output {output} is a mount point, which cannot be replaced: name a folder in it.")
+        raise mounted
     if source.resolve() in target.parents:
         raise ValueError(f"The output {output} lies in the source {source}: choose a folder outside of it.")
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -248,6 +250,9 @@ def new_folder(output: Path, source: Path) -> Iterator[Path]:
         except OSError as error:
             if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
                 raise taken from error
+            if error.errno == errno.EBUSY:
+                # A folder of the same disk, mounted: nothing tells it from others before
+                raise mounted from error
             raise
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)

@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 import warnings
+from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
 
 # Trained at the same rate, queries of any width then change their logits as fast as those of this one
 WIDTH_AT_TEMPERATURE_1 = 128
+# What is no weight by itself, but comes beside one that is packed
+_BESIDE_A_WEIGHT = re.compile(r"(absmax|bias|g_idx|scales?|scale_inv|shape|zeros|zero_points?)$")
 # As safetensors names them
 FLOATS = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
 
@@ -92,7 +95,7 @@ def retrofit(
     tokenizer_config, tokenizer_class = _tokenizer_config(base), _tokenizer_class(base)
     card_metadata = _card_metadata(base)
     base_name = Path(os.path.abspath(source)).name if Path(source).is_dir() else source
-    ours = {CONFIG, INDEX, "README.md"}
+    ours = {CONFIG, INDEX, "README.md", *(file.name for file in code_files())}
     if tokenizer_class is not None and tokenizer_config:
         tokenizer_config["tokenizer_class"] = tokenizer_class
         ours.add(TOKENIZER_CONFIG)
@@ -209,15 +212,25 @@ def _model_without_values(
     for name, shape, expected in sorted(problems["mismatched_keys"]):
         # What is packed has a shape of its own
         info = checkpoint.tensors.get(name) or checkpoint.tensors.get(name.removeprefix("model."))
-        if not quantised or info and info.dtype in FLOATS:
+        if not quantised or info and (info.dtype in FLOATS or info.dtype.startswith("F8_")):
             raise ValueError(
                 f"The tensor {name!r} of {checkpoint.folder} has the shape {list(shape)}, but {CONFIG} makes it "
                 f"{list(expected)}."
             )
+    # By the names that transformers takes them for, which are not always those on disk
+    unexpected = problems["unexpected_keys"]
+
+    def holds_packed(name):
+        if ".experts." in name:
+            return _holds_packed_experts(checkpoint, name, len(model.get_parameter(name)))
+        module_name = name.removesuffix(".weight")
+        parts = (part for part in unexpected if part.startswith(f"{module_name}."))
+        return name.endswith(".weight") and any(not _BESIDE_A_WEIGHT.search(part) for part in parts)
+
     for name in sorted(problems["missing_keys"]):
         module_name = name.rpartition(".")[0]
         new = isinstance(model.get_submodule(module_name), modeling_attnres.DepthAttention)
-        if not new and not (quantised and _holds_packed(checkpoint, module_name)):
+        if not new and not (quantised and holds_packed(name)):
             raise ValueError(
                 f"{checkpoint.folder} holds no tensor {name!r}, which {CONFIG} asks for: its weights are not complete, "
                 "or not those of this configuration."
@@ -241,15 +254,20 @@ def _is_quantised(checkpoint: Checkpoint) -> bool:
     return True
 
 
-def _holds_packed(checkpoint: Checkpoint, module_name: str) -> bool:
-    """Whether a quantised checkpoint holds the weight of this module, by whatever name its parts have."""
-    if module_name.endswith(".experts"):
-        # They lie one by one, and not all families call the module around them alike
-        layer = re.search(r"layers\.\d+\.", module_name)[0]
-        experts = [name for name in checkpoint.tensors if ".experts." in name]
-        return not experts or any(layer in name for name in experts)
-    tensors = (name for name in checkpoint.tensors if not name.endswith(".bias"))
-    return any(f"model.{name}".startswith((f"{module_name}.", f"model.{module_name}.")) for name in tensors)
+def _holds_packed_experts(checkpoint: Checkpoint, name: str, count: int) -> bool:
+    """Whether a quantised checkpoint holds this parameter of all of a layer's experts, by whatever names."""
+    # Not all families call the module around them alike
+    layer, parameter = re.search(r"layers\.\d+\.", name)[0], name.rpartition(".")[2]
+    parts = [tensor.partition(".experts.")[2] for tensor in checkpoint.tensors if layer in tensor]
+    if any(part.startswith(parameter) and (part == parameter or not _BESIDE_A_WEIGHT.search(part)) for part in parts):
+        return True
+    # They lie one by one: NUMBER.up_proj.weight
+    experts = defaultdict(set)
+    for part in parts:
+        if not _BESIDE_A_WEIGHT.search(part) and part.partition(".")[0].isdigit():
+            number, projection, *_ = part.split(".")
+            experts[projection].add(int(number))
+    return len(experts) == 3 and all(numbers == set(range(count)) for numbers in experts.values())
 
 
 def _plan(base: Checkpoint, attn_res: dict[str, Any]) -> tuple["AttnResConfig", dict[str, Any], dict[str, Any]]:
@@ -260,6 +278,10 @@ def _plan(base: Checkpoint, attn_res: dict[str, Any]) -> tuple["AttnResConfig", 
 
     if base.config["model_type"] == "attnres":
         raise ValueError(f"{base.folder} is an AttnRes checkpoint already: its `model_type` is 'attnres'.")
+    if (base.folder / REPLACED).exists():
+        raise ValueError(
+            f"{base.folder / REPLACED} is in the way: a retrofit keeps what it replaces by that name. Rename it."
+        )
     given = {name: value for name, value in attn_res.items() if value is not None}
     config = read_config(base, **given)
     if "attn_res_temperature" not in given:
@@ -389,4 +411,5 @@ def _write_model_card(path: Path, metadata: dict[str, Any], base_name: str, conf
     }
     arguments = [base_name, "OUTPUT", *(str(word) for option in options.items() for word in option)]
     made = f"`{shlex.join(['attnres', 'retrofit', *arguments])}`"
-    path.write_text(model_card(config, base_name, metadata, f"{state}.", made), encoding="utf-8")
+    card = model_card(config, base_name, metadata, f"{state}.", made)
+    path.write_text(card, encoding="utf-8", newline="\n")

@@ -14,6 +14,7 @@ from .checkpoint import (
     TOKENIZER_CONFIG,
     Checkpoint,
     check_copy,
+    close_as,
     download,
     new_folder,
     place_files,
@@ -57,9 +58,11 @@ def revert(source: str | Path, output: str | Path, force: bool = False, revision
 
     base_shards = _base_shards(checkpoint, attn_res)
     # Listed before anything is written: a file that vanishes meanwhile is missed
-    replaced = [checkpoint.folder / REPLACED / name for name in (CONFIG, INDEX, "README.md", TOKENIZER_CONFIG)]
+    code = [file.name for file in code_files()]
+    names = (CONFIG, INDEX, "README.md", TOKENIZER_CONFIG, *code)
+    replaced = [checkpoint.folder / REPLACED / name for name in names]
     replaced = [file for file in replaced if base_shards and file.is_file()]
-    ours = {"README.md", REPLACED, *(file.name for file in (*code_files(), *replaced))}
+    ours = {"README.md", REPLACED, *code, *(file.name for file in replaced)}
     others = [file for file in checkpoint.other_files() if file.parts[0] not in ours]
     with new_folder(Path(output), checkpoint.folder) as folder:
         _write_base_weights(checkpoint, attn_res, folder, base_shards)
@@ -68,6 +71,7 @@ def revert(source: str | Path, output: str | Path, force: bool = False, revision
         else:
             # Saved anew by transformers since the retrofit: the base's index would name other shards
             write_json(folder / CONFIG, _base_config_json(checkpoint.config, config.base_model_type, architecture))
+            close_as(folder / CONFIG, checkpoint.folder / CONFIG)
             if len(list(folder.glob("*.safetensors"))) > 1:
                 write_index(folder)
         place_files([(checkpoint.folder / file, folder / file) for file in others])
@@ -125,11 +129,16 @@ def _write_base_weights(checkpoint: Checkpoint, attn_res: set[str], folder: Path
         else:
             from safetensors.torch import save_file
 
+            # By itself it would let nobody else read the file
+            target.touch()
+            rights = target.stat().st_mode
             try:
                 with safe_open(checkpoint.folder / shard, framework="pt") as tensors:
                     save_file({name: tensors.get_tensor(name) for name in kept}, target, metadata=tensors.metadata())
             except SafetensorError as error:
                 raise ValueError(f"{checkpoint.folder / shard} cannot be read by torch: {error}") from error
+            target.chmod(rights)
+            close_as(target, checkpoint.folder / shard)
     place_files(copied)
 
 

@@ -67,9 +67,13 @@ def check_tokenizer_config(config: Any, path: Path) -> None:
             raise ValueError(f"`{field}` of {path} is {value!r}, options of another program: take it out.")
         # Older tokenizers kept in this one where they were made, and nothing opens it
         for name in [] if field == "special_tokens_map_file" else _texts(value):
-            file = next((file for file in (root / name, Path(name)) if os.path.isfile(file)), root / "none")
-            if root not in Path(os.path.abspath(file)).parents:
-                raise ValueError(f"`{field}` of {path} names {name!r}, a file outside of the folder: take it out.")
+            # From the folder or from the current one: which of them, the tokenizer's class decides
+            for file in (root / name, Path(name)):
+                if os.path.isfile(file) and root not in Path(os.path.abspath(file)).parents:
+                    raise ValueError(
+                        f"`{field}` of {path} names {name!r}, and {os.path.abspath(file)} is a file outside of the "
+                        "folder: take it out."
+                    )
 
 
 def _texts(value: Any) -> Iterator[str]:

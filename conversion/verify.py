@@ -135,7 +135,13 @@ def _logits(checkpoint: Checkpoint) -> list["torch.Tensor"]:
     architecture = (checkpoint.config.get("architectures") or ["ForCausalLM"])[0]
     auto_class = AutoModelForCausalLM if architecture.endswith("ForCausalLM") else AutoModel
     # Never a pickle, whatever else lies in the folder
-    model = auto_class.from_pretrained(checkpoint.folder, dtype=torch.float32, use_safetensors=True).eval()
+    options = {"use_safetensors": True, "return_dict": True}
+    try:
+        model = auto_class.from_pretrained(checkpoint.folder, dtype=torch.float32, **options).eval()
+    except ImportError:
+        raise
+    except Exception as error:  # noqa: BLE001  a stranger's files: transformers may stumble over them anywhere
+        raise ValueError(f"{checkpoint.folder} cannot be loaded: {error}") from error
     if getattr(model, "is_quantized", False):
         # Kernels for quantised weights may round what they are given too
         with suppress(NotImplementedError):

@@ -75,8 +75,8 @@ def train(
     optim: str | None = None,
 ) -> list[dict]:
     """
-    Losses on held-out text, by step, with the seconds of training up to there. `optim` is an optimizer of Trainer's own,
-    with one rate for all parameters, in the place of AdamW with our groups.
+    Losses on held-out text, by step, with the seconds of training up to there. `optim` is an optimizer of Trainer's
+    own, with one rate for all parameters, in the place of AdamW with our groups.
     """
     clock = Clock()
     own = {"optim": optim, "learning_rate": rates["learning_rate"]} if optim else {}

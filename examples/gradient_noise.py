@@ -2,8 +2,8 @@
 
     python examples/gradient_noise.py my-attnres
 
-The simple noise scale of McCandlish et al. (arXiv 1812.06162, appendix A.1), tr(Σ) / |G|², in tokens. In a batch of that
-size the noise is as long as the mean; Adam, which sees only their sum, makes steps of the same length of either.
+The simple noise scale of McCandlish et al. (arXiv 1812.06162, appendix A.1), tr(Σ) / |G|², in tokens. In a batch of
+that size the noise is as long as the mean; Adam, which sees only their sum, makes steps of the same length of either.
 """
 
 import argparse

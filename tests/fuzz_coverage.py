@@ -39,8 +39,20 @@ from safetensors.numpy import save
 WORK = Path(tempfile.mkdtemp(dir="/dev/shm" if os.path.isdir("/dev/shm") else None))
 FILES = (CONFIG, INDEX, TOKENIZER_CONFIG, SPECIAL_TOKENS, SINGLE_SHARD)
 HIDDEN = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1, "vocab_size": 4}
-SHARD = save({"model.embed_tokens.weight": np.zeros((4, 8), np.float32), "model.norm.weight": np.ones(8, np.float32)})
-CONFIGURATION = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "auto_map": {}, **HIDDEN}
+# All that the configuration asks for, so that one that is nearly right goes the whole way
+SHAPES = {f"self_attn.{name}_proj": (8, 8) for name in "qkvo"} | {
+    f"mlp.{n}_proj": (8, 8) for n in ("gate", "up", "down")
+}
+SHAPES |= {"input_layernorm": (8,), "post_attention_layernorm": (8,)}
+SHAPES = {f"layers.0.{name}": shape for name, shape in SHAPES.items()} | {"embed_tokens": (4, 8), "norm": (8,)}
+SHARD = save({f"model.{name}.weight": np.ones(shape, np.float32) for name, shape in SHAPES.items()})
+CONFIGURATION = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "auto_map": {},
+    "tie_word_embeddings": True,
+    **HIDDEN,
+}
 SEEDS = {
     CONFIG: json.dumps(CONFIGURATION).encode(),
     INDEX: json.dumps({"metadata": {}, "weight_map": {"model.norm.weight": "a.safetensors"}}).encode(),

@@ -242,6 +242,22 @@ def test_the_source_is_written_to_meanwhile(operation, tmp_path):
     assert any(answer.startswith("ValueError") for answer in answers)
 
 
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "README.md", "model.safetensors.index.json"])
+def test_another_file_is_written_to_meanwhile(name, tmp_path):
+    work = Work(tmp_path / "work", sharded=True)
+
+    def write():
+        (work.source / name).write_bytes(work.before[name] + b"\n")
+
+    boundaries = int(in_child(at_boundary, 0, None, work.run)[1])
+    assert work.check()
+    # While it is copied: at the end files are only synced
+    _, answer = in_child(at_boundary, boundaries // 2, write, work.run)
+    assert answer.startswith("ValueError") and "changed while it was copied" in answer
+    work.put_back_source()
+    assert work.check() is False
+
+
 def test_the_partial_folder_is_taken_away(work):
     def take():
         for partial in work.folder.glob(".output.*.partial"):
@@ -301,6 +317,19 @@ def test_the_output_is_a_mount_point(work, disk):
     assert not any(disk.iterdir())
 
 
+def test_the_output_is_mounted_from_the_same_disk(work, disk):
+    for name in ("there", "here"):
+        (disk / name).mkdir()
+    subprocess.run(["mount", "--bind", disk / "there", disk / "here"], check=True)
+    try:
+        remount(disk, "size=8m")
+        with pytest.raises(ValueError, match="here is a mount point, which cannot be replaced"):
+            work.operation(work.source, disk / "here")
+        assert not any((disk / "there").iterdir()) and len(list(disk.iterdir())) == 2
+    finally:
+        subprocess.run(["umount", disk / "here"], check=True)
+
+
 def test_nothing_may_be_written_beside_the_output(work):
     def without_rights():
         if os.getuid() == 0:
@@ -334,6 +363,18 @@ def test_what_was_closed_stays_closed(work):
     # One that cannot be written to could not be saved over
     assert (work.output / "LICENSE").stat().st_mode & 0o777 == 0o644
     assert work.check()
+
+
+@pytest.mark.parametrize("rights", [0o600, 0o640, 0o644])
+def test_a_trained_checkpoint_reverts_with_its_rights(rights, tmp_path):
+    """Its base's tensors lie in one file with its own and are saved anew."""
+    AutoModelForCausalLM.from_pretrained(retrofit(save_base(tmp_path / "base"), tmp_path / "attnres")).save_pretrained(
+        tmp_path / "saved"
+    )
+    for path in (tmp_path / "saved").iterdir():
+        path.chmod(rights)
+    reverted = revert(tmp_path / "saved", tmp_path / "reverted")
+    assert {path.stat().st_mode & 0o777 for path in reverted.iterdir() if path.suffix != ".py"} == {rights}
 
 
 def test_a_long_name(work):

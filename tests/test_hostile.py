@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 import shutil
 import struct
 import sys
@@ -147,6 +148,18 @@ def empty_tensor(header, shape):
     return json.dumps({**header, "zzz": {"dtype": "F32", "shape": shape, "data_offsets": [end, end]}})
 
 
+def weights(change):
+    def spoil(folder):
+        tensors = load_file(folder / "model.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "model.safetensors")
+
+    return spoil
+
+
+UP = "model.layers.1.mlp.up_proj.weight"
+scale_alone = weights(lambda tensors: tensors.update({f"{UP}_scale_inv": tensors.pop(UP)[:1, :1].clone()}))
+misshapen_bytes = weights(lambda tensors: tensors.update({UP: torch.zeros(3, 5).to(torch.float8_e4m3fn)}))
 FP8 = {"quant_method": "fp8"}
 MISSHAPEN = r"has the shape \[.*\], but config.json makes it"
 NOT_WHOLE = "truncated or not a safetensors file"
@@ -200,6 +213,18 @@ HOSTILE = {
         lambda folder: [without("1.mlp.up_proj.w")(folder), config(quantization_config=FP8)(folder)],
         "holds no tensor 'model.layers.1.mlp.up_proj.weight'",
     ),
+    "weights: a bias is missing, said to be quantised": (
+        lambda folder: [without("1.self_attn.q_proj.b")(folder), config(quantization_config=FP8)(folder)],
+        "holds no tensor 'model.layers.1.self_attn.q_proj.bias'",
+    ),
+    "weights: nothing but a scale": (
+        lambda folder: [scale_alone(folder), config(quantization_config=FP8)(folder)],
+        "holds no tensor 'model.layers.1.mlp.up_proj.weight'",
+    ),
+    "weights: bytes of another shape, said to be quantised": (
+        lambda folder: [misshapen_bytes(folder), config(quantization_config=FP8)(folder)],
+        MISSHAPEN,
+    ),
     "header: a shape that no number counts": (
         raw_header(lambda text, header: empty_tensor(header, [0, 2**63])),
         "No model can be built",
@@ -220,7 +245,7 @@ HOSTILE = {
             (folder.parent / "spiece.model").write_text(""),
             tokenizer(sp_model_kwargs={"model_file": "../spiece.model"})(folder),
         ],
-        "`sp_model_kwargs` of .* names '../spiece.model', a file outside",
+        "`sp_model_kwargs` of .* names '../spiece.model', and .*spiece.model is a file outside",
     ),
     "tokenizer config: another program's options": (
         tokenizer(mecab_kwargs={"mecab_option": "-r /etc/passwd"}),
@@ -335,6 +360,13 @@ def test_an_index_that_lies_is_refused(case, sharded, secret, tmp_path):
 EXPERTS = {"num_local_experts", "num_experts", "n_routed_experts"}
 
 
+def packed(name):
+    """What some quantisers call it."""
+    return re.sub(
+        r"(experts\.(gate_up|down)_proj)$", r"\1_blocks", re.sub(r"(_proj|w\d)\.weight$", r"\1.qweight", name)
+    )
+
+
 @pytest.mark.parametrize("family", MIXTURES)
 def test_experts_that_do_not_fit_are_refused(family, tmp_path):
     """In some families each expert lies in tensors of its own on the disk, in others not."""
@@ -348,7 +380,7 @@ def test_experts_that_do_not_fit_are_refused(family, tmp_path):
             with pytest.raises(ValueError, match="has the shape|holds no tensor|No model can be built"):
                 retrofit(base, tmp_path / "output")
     assert {path.name for path in tmp_path.iterdir()} == {"base"}
-    # Of a quantised base no shape is known, but that there are some in each layer
+    # Of a quantised base no shape is known, but that each layer has all of them
     (base / "config.json").write_text(json.dumps({**content, "quantization_config": FP8}))
     file = base / "model.safetensors"
     weights = load_file(file)
@@ -357,9 +389,13 @@ def test_experts_that_do_not_fit_are_refused(family, tmp_path):
         # GraniteMoE has one tensor for all experts of a layer
         assert family == "granitemoe"
         return
-    save_file({name: value for name, value in weights.items() if name not in of_a_layer}, file)
-    with pytest.raises(ValueError, match=r"holds no tensor 'model.layers.4.*experts"):
-        retrofit(base, tmp_path / "output")
+    of_all = [name for name in weights if ".experts." in name]
+    for lost in (of_a_layer, of_a_layer[-1:], of_all):
+        save_file({name: value for name, value in weights.items() if name not in lost}, file)
+        with pytest.raises(ValueError, match=r"holds no tensor 'model.layers.\d.*experts"):
+            retrofit(base, tmp_path / "output")
+    save_file({packed(name): value for name, value in weights.items()}, file)
+    retrofit(base, tmp_path / "output")
 
 
 def test_names_of_tensors_are_no_paths(base, tmp_path):
@@ -454,10 +490,24 @@ def test_paths_in_a_tokenizer_s_configuration_are_not_followed(tokenizer_class, 
                         number += 1
                         retrofit(base, tmp_path / str(number))
                     else:
-                        with pytest.raises(ValueError, match=f"`{field}` of .* a file outside of the folder"):
+                        with pytest.raises(ValueError, match=f"`{field}` of .* is a file outside of the folder"):
                             retrofit(base, tmp_path / "output")
                 assert not was_read(secret), (field, path)
         (base / "tokenizer.json").unlink(missing_ok=True)
+
+
+def test_a_file_of_the_current_folder_is_not_read_behind_one_of_the_checkpoint_s(base, tmp_path, monkeypatch):
+    """transformers opens such a name where it stands, and that is not in the checkpoint."""
+    (base / "tokenizer.json").unlink()
+    for folder in (base, tmp_path):
+        (folder / "decoy.json").write_text("{}")
+    os.utime(tmp_path / "decoy.json", (0, time.time()))
+    fields = {"tokenizer_class": "BertTokenizer", "vocab": "decoy.json"}
+    (base / "tokenizer_config.json").write_text(json.dumps(fields))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=f"`vocab` of .* {re.escape(str(tmp_path / 'decoy.json'))} is a file outside"):
+        retrofit(base, tmp_path / "output")
+    assert not was_read(tmp_path / "decoy.json")
 
 
 class Malice:
@@ -609,14 +659,38 @@ def test_a_broken_model_card_loses_its_licence_and_nothing_else(card, base, tmp_
     assert "base_model: base" in (output / "README.md").read_text()
 
 
+@pytest.mark.parametrize(
+    "file, content, message",
+    [
+        ("generation_config.json", "[]", "base cannot be loaded"),
+        ("config.json", {"quantization_config": {"quant_method": "torchao"}}, "base cannot be loaded: 'quant_type'"),
+    ],
+)
+def test_what_transformers_cannot_load_is_not_verified(file, content, message, base, tmp_path):
+    if file == "config.json":
+        spoil_config(base, **content)
+    else:
+        (base / file).write_text(content)
+    output = retrofit(base, tmp_path / "output")
+    with pytest.raises(ValueError, match=message):
+        verify(base, output)
+
+
+def test_tuples_are_verified_too(base, tmp_path):
+    spoil_config(base, return_dict=False)
+    assert verify(base, retrofit(base, tmp_path / "output")).passed
+
+
 def test_names_of_ours_in_the_source_do_not_take_our_place(base, tmp_path):
-    """A base that brings a file named as one that travels with the retrofit."""
+    """A base that brings a file named as one that travels with the retrofit, and gets it back."""
     (base / "modeling_attnres.py").write_text("raise SystemExit('was run')")
     expected = retrofit(base, tmp_path / "output") / "modeling_attnres.py"
     assert "was run" not in expected.read_text()
+    reverted = file_bytes(revert(tmp_path / "output", tmp_path / "reverted"))
+    assert reverted == {name: content for name, content in file_bytes(base).items() if not name.endswith(".bin")}
     (base / "attnres_base").mkdir()
-    (base / "attnres_base" / "config.json").write_text("{}")
-    with pytest.raises(OSError, match="attnres_base"):
+    (base / "attnres_base" / "notes.txt").write_text("")
+    with pytest.raises(ValueError, match="attnres_base is in the way"):
         retrofit(base, tmp_path / "another")
     assert not (tmp_path / "another").exists()
 

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import warnings
+from collections import defaultdict
 
 import pytest
 import torch
@@ -121,6 +122,42 @@ except ValueError as error:
     assert run_isolated(script, output, tmp_path).split()[-2:] == ["refused", "True"]
 
 
+# What it takes from the packages that it may import; others of their names read files or reach the network
+NAMES = {
+    "fla.ops.attnres": {"fused_attnres"},
+    "huggingface_hub.dataclasses": {"strict"},
+    "torch": {"nn"},
+    "torch.autograd.function": {"once_differentiable"},
+    "transformers": {
+        "AutoModel",
+        "CONFIG_MAPPING",
+        "Cache",
+        "DynamicCache",
+        "GenerationMixin",
+        "MODEL_FOR_CAUSAL_LM_MAPPING",
+        "MODEL_MAPPING",
+        "PreTrainedConfig",
+        "PreTrainedModel",
+        "initialization",
+    },
+    "transformers.conversion_mapping": {"get_checkpoint_conversion_mapping", "register_checkpoint_conversion_mapping"},
+    "transformers.core_model_loading": {"WeightRenaming"},
+    "transformers.masking_utils": {"create_causal_mask", "create_masks_for_generate"},
+    "transformers.modeling_layers": {
+        "GenericForQuestionAnswering",
+        "GenericForSequenceClassification",
+        "GenericForTokenClassification",
+        "GradientCheckpointingLayer",
+    },
+    "transformers.modeling_outputs": {"CausalLMOutputWithPast", "MoeCausalLMOutputWithPast", "MoeModelOutputWithPast"},
+    "transformers.models.auto.modeling_auto": {"MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"},
+    "transformers.processing_utils": {"Unpack"},
+    "transformers.utils": {"TransformersKwargs"},
+    "transformers.utils.generic": {"merge_with_config_defaults"},
+    "transformers.utils.output_capturing": {"OutputRecorder", "capture_outputs"},
+}
+
+
 def test_the_code_that_travels_imports_torch_and_transformers_alone(tmp_path):
     output = retrofit(save_base(tmp_path / "base"), tmp_path / "attnres")
     files = {path.name: ast.parse(path.read_text()) for path in output.glob("*.py")}
@@ -131,16 +168,19 @@ def test_the_code_that_travels_imports_torch_and_transformers_alone(tmp_path):
         "modeling_attnres.py",
         "streaming_depth_attention.py",
     }
-    imported = set()
+    imported, names = set(), defaultdict(set)
     for tree in files.values():
         for node in ast.walk(tree):
             if isinstance(node, ast.Import):
                 imported |= {alias.name for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.level == 0:
                 imported.add(node.module)
+                names[node.module] |= {alias.name for alias in node.names}
     standard = {name for name in imported if name.split(".")[0] in sys.stdlib_module_names}
     required = {"torch", "transformers", "huggingface_hub"}
     assert {name.split(".")[0] for name in imported - standard} == {*required, "fla"}
+    assert imported - standard == NAMES.keys() | {"torch"}
+    assert all(names[module] == NAMES[module] for module in NAMES)
     # fla is optional: what transformers asks for before it runs the code leaves it out
     assert not any("fla" in get_imports(path) for path in output.glob("*.py"))
     assert standard == {"collections.abc", "contextlib", "functools", "math", "threading", "typing"}
@@ -149,6 +189,8 @@ def test_the_code_that_travels_imports_torch_and_transformers_alone(tmp_path):
 # What could read the environment or a file, reach the network, run other code, or reach any of these by a detour
 FORBIDDEN = {
     *("open", "exec", "eval", "compile", "__import__", "__builtins__", "__loader__", "globals", "breakpoint", "input"),
+    *("os", "sys", "environb", "listdir", "scandir", "from_file", "save", "load_library", "load_state_dict_from_url"),
+    *("from_pretrained", "push_to_hub", "cached_file", "hf_hub_download", "snapshot_download"),
     *("environ", "getenv", "load", "loads", "import_module", "hub", "system", "popen", "__subclasses__", "__globals__"),
 }
 
