@@ -11,6 +11,7 @@ import time
 import warnings
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from conftest import MIXTURES
@@ -573,6 +574,8 @@ def touched(function, *arguments):
         elif event.startswith(("socket.", "subprocess.", "os.exec", "os.fork", "pickle.", "ctypes.dlopen")):
             seen.append((event, repr(arguments)))
 
+    # The tests are offline, but users are not
+    huggingface_hub.constants.HF_HUB_OFFLINE = False
     # It cannot be taken off again, so this runs in a child
     sys.addaudithook(audit)
     function(*arguments)
