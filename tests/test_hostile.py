@@ -606,7 +606,7 @@ def test_a_broken_model_card_loses_its_licence_and_nothing_else(card, base, tmp_
         output = retrofit(base, tmp_path / "output")
     assert card == "wide" or any("its licence was not taken over" in str(warning.message) for warning in caught)
     assert (output / "attnres_base" / "README.md").read_bytes() == CARDS[card]
-    assert "base_model: base" in (output / "README.md").read_text()
+    assert "# base with Attention Residuals" in (output / "README.md").read_text()
 
 
 def test_names_of_ours_in_the_source_do_not_take_our_place(base, tmp_path):
