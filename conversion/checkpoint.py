@@ -202,6 +202,23 @@ def close_as(path: Path, replaced: Path) -> None:
     path.chmod(path.stat().st_mode & replaced.stat().st_mode & 0o777 | 0o600)
 
 
+def replace_text(path: Path, content: str) -> None:
+    """Writes a file in the place of another, with its rights. A killed process leaves the one or the other."""
+    mode = path.stat().st_mode & 0o777
+    new = path.with_name(f".{path.name}.partial")
+    new.unlink(missing_ok=True)
+    try:
+        with open(new, "x", encoding="utf-8", opener=functools.partial(os.open, mode=0o600)) as file:
+            file.write(content)
+        new.chmod(mode)
+        _sync(new)
+        # A file of the Hub cache is a link: what it leads to stays
+        new.replace(path)
+    finally:
+        new.unlink(missing_ok=True)
+    _sync(path.parent)
+
+
 @contextmanager
 def new_folder(output: Path, source: Path) -> Iterator[Path]:
     """

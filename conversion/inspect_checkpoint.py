@@ -44,6 +44,7 @@ class Inspection:
 
     Args:
         name (`str`): the checkpoint's.
+        digest (`str`): of its weights, by which a picture is known to show them.
         sublayers (`list[str]`): what each depth attention feeds, in order; the rows of what follows.
         sources (`list[str]`): what it attends over; the columns.
         tokens (`list[str]`): the text.
@@ -56,6 +57,7 @@ class Inspection:
     """
 
     name: str
+    digest: str
     sublayers: list[str]
     sources: list[str]
     tokens: list[str]
@@ -110,7 +112,8 @@ def inspect_checkpoint(
     """
     import torch
 
-    import modeling_attnres  # noqa: F401  registers the model type
+    # This registers the model type, too
+    from modeling_attnres.inspected import weights_digest
 
     files = _read(checkpoint, revision)
     if files.config["model_type"] != "attnres":
@@ -134,6 +137,7 @@ def inspect_checkpoint(
             row[:, : recorded.shape[-1]] = recorded[0]
         inspection = Inspection(
             name=labels([checkpoint])[0],
+            digest=weights_digest(model.config, [files.folder / shard for shard in files.weights.files_metadata]),
             sublayers=sublayers,
             sources=sources,
             tokens=tokens,

@@ -21,6 +21,8 @@ def write_page(inspections: list[Inspection], path: str | Path) -> Path:
     Raises:
         `ValueError`: the inspections are not of one shape.
     """
+    from modeling_attnres.inspected import MARKER
+
     require_one_shape(inspections)
     checkpoints = []
     for inspection in inspections:
@@ -39,8 +41,11 @@ def write_page(inspections: list[Inspection], path: str | Path) -> Path:
     data = {"sublayers": inspections[0].sublayers, "sources": inspections[0].sources, "checkpoints": checkpoints}
     # No text can end the element that it stands in
     content = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
-    template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
+    page = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
+    # The text last: it may hold any of these words
+    for word, value in (("__MARKER__", MARKER), ("__DIGEST__", inspections[-1].digest), ("__DATA__", content)):
+        page = page.replace(word, value)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(template.replace("__DATA__", content), encoding="utf-8")
+    path.write_text(page, encoding="utf-8")
     return path

@@ -47,10 +47,12 @@ def write_pictures(inspections: list[Inspection], folder: str | Path) -> list[Pa
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    from modeling_attnres.inspected import HEAT_MAP, MARKER
+
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     last = inspections[-1]
-    drawings = {"weights.png": draw_weights, "entropy.png": draw_entropies, "queries.png": draw_query_norms}
+    drawings = {HEAT_MAP: draw_weights, "entropy.png": draw_entropies, "queries.png": draw_query_norms}
     if last.loss_changes is not None:
         drawings["ablation.png"] = draw_ablation
     if last.dilution is not None:
@@ -62,7 +64,8 @@ def write_pictures(inspections: list[Inspection], folder: str | Path) -> list[Pa
             FigureCanvasAgg(figure)
             draw(figure, inspections)
             files.append(folder / name)
-            figure.savefig(files[-1], dpi=110, metadata={"Title": f"{name}: {', '.join(i.name for i in inspections)}"})
+            title = f"{name}: {', '.join(i.name for i in inspections)}"
+            figure.savefig(files[-1], dpi=110, metadata={"Title": title, MARKER: last.digest})
     return files
 
 

@@ -1,9 +1,11 @@
 # Copyright 2026 The modeling_attnres authors. Licensed under the Apache License, Version 2.0.
 """Push: a checkpoint goes to the Hub, with a card that says what it is."""
 
+import warnings
 from pathlib import Path
 
-from .checkpoint import CONFIG, INDEX, read_checkpoint
+from .checkpoint import CONFIG, INDEX, read_checkpoint, replace_text
+from .retrofit import read_config
 from .verify import TOLERANCE, Verification
 
 
@@ -18,8 +20,8 @@ def push(
     by then is not sent again.
 
     The result of the verification is written into the card in the folder, for a later call. The card is sent with the
-    Hub id in it, and with the heat map of [`write_pictures`] and the page of [`write_page`], if they are in the
-    checkpoint's folder.
+    Hub id in it, and with the heat map of [`write_pictures`] and the page of [`write_page`] (`page.html`), if they are
+    in the checkpoint's folder. Pictures and pages of other weights are left out, with a warning.
 
     Args:
         checkpoint (`str` or `Path`): folder of an AttnRes checkpoint.
@@ -39,27 +41,42 @@ def push(
     # Of the HTTP client that this version of huggingface_hub has: an error of the Hub's, or no connection at all
     from huggingface_hub.errors import HTTPError
 
-    from modeling_attnres.model_card import for_hub, with_pictures
+    from modeling_attnres.inspected import sort_pictures
+    from modeling_attnres.model_card import card_metadata, carried_licence, for_hub, with_pictures
 
     files = read_checkpoint(Path(checkpoint))
     if files.config["model_type"] != "attnres":
         raise ValueError(f"{files.folder} is not AttnRes: its `model_type` is {files.config['model_type']!r}.")
-    if not (files.folder / "README.md").is_file():
+    path = files.folder / "README.md"
+    if not path.is_file():
         raise FileNotFoundError(
             f"{files.folder} has no README.md: copy the retrofit's and say what was done since, or use "
             "`model.push_to_hub`."
         )
     if verification is not None:
         keep_verification(files.folder, verification)
-    card = (files.folder / "README.md").read_text(encoding="utf-8")
-    paths = [CONFIG, *files.weights.files_metadata, *map(str, files.other_files())]
+    card = path.read_text(encoding="utf-8")
+    try:
+        metadata = card_metadata(card)
+    except Exception as error:  # noqa: BLE001  the YAML parser's own, and others
+        raise ValueError(f"The metadata at the head of {path} cannot be read: {error}") from error
+    if "license_link" in metadata.keys() - carried_licence(metadata, files.folder).keys():
+        warnings.warn(
+            f"`license_link` of {path} is {metadata['license_link']!r}, a file that is not there: put it into the "
+            "folder, or take the field out.",
+            stacklevel=2,
+        )
+    shards = [files.folder / shard for shard in files.weights.files_metadata]
+    others = [str(path) for path in files.other_files()]
+    pictures, left_out = sort_pictures(files.folder, others, read_config(files), shards)
+    paths = [CONFIG, *files.weights.files_metadata, *(path for path in others if path not in left_out)]
     if (files.folder / INDEX).is_file():
         paths.append(INDEX)
     try:
         api = HfApi()
         repository = api.create_repo(name, private=private or None, exist_ok=True)
         operations = [CommitOperationAdd(path, str(files.folder / path)) for path in paths if path != "README.md"]
-        sent = for_hub(with_pictures(card, paths), repository.repo_id)
+        sent = for_hub(with_pictures(card, pictures), repository.repo_id)
         operations.append(CommitOperationAdd("README.md", sent.encode()))
         api.create_commit(repository.repo_id, operations, commit_message="Upload an AttnRes checkpoint")
     except (HTTPError, RuntimeError) as error:  # the latter where it was a file's upload that failed
@@ -74,15 +91,12 @@ def keep_verification(folder: Path, verification: Verification) -> None:
     """Writes what [`verify`] found into the card of a checkpoint, from which it is carried on."""
     from modeling_attnres.model_card import VERIFICATION, with_section
 
+    base = f"`{verification.base}`{f' at commit {verification.commit}' if verification.commit else ''}"
     content = (
-        "Compared with its base by `attnres verify`, in float32, before any training that followed: the largest "
-        f"difference between logits was {verification.max_difference:.2e}, the largest logit "
+        f"Compared with its base, {base}, by `attnres verify`, in float32, before any training that followed: the "
+        f"largest difference between logits was {verification.max_difference:.2e}, the largest logit "
         f"{verification.max_logit:.2e}. The two computed {'the same' if verification.passed else 'different things'} "
         f"({verification.relative_difference:.1e} of it, {TOLERANCE:.0e} allowed)."
     )
     path = folder / "README.md"
-    card = with_section(path.read_text(encoding="utf-8"), VERIFICATION, content)
-    # At once: a killed process must leave the old card or the new one, and a file of the Hub cache is a link
-    new = path.with_name(".README.md.partial")
-    new.write_text(card, encoding="utf-8")
-    new.replace(path)
+    replace_text(path, with_section(path.read_text(encoding="utf-8"), VERIFICATION, content))

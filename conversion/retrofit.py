@@ -93,8 +93,7 @@ def retrofit(
     }
     config, config_json, tensors = _plan(base, attn_res)
     tokenizer_config, tokenizer_class = _tokenizer_config(base), _tokenizer_class(base)
-    card_metadata = _card_metadata(base)
-    base_name = Path(os.path.abspath(source)).name if Path(source).is_dir() else source
+    model_card = _model_card(base, config, config_json["architectures"][0])
     ours = {CONFIG, INDEX, "README.md", *(file.name for file in code_files())}
     if tokenizer_class is not None and tokenizer_config:
         tokenizer_config["tokenizer_class"] = tokenizer_class
@@ -118,7 +117,7 @@ def retrofit(
         place_files([(base.folder / name, folder / REPLACED / name) for name in replaced])
         for file in code_files():
             (folder / file.name).write_bytes(file.read_bytes())
-        _write_model_card(folder / "README.md", card_metadata, base_name, config)
+        (folder / "README.md").write_text(model_card, encoding="utf-8", newline="\n")
         for name in replaced:
             close_as(folder / name, base.folder / name)
         check_copy(base, folder, base.tensors.keys())
@@ -365,15 +364,15 @@ def _tokenizer_config(base: Checkpoint) -> dict[str, Any]:
     return read_json(base.folder / TOKENIZER_CONFIG) if (base.folder / TOKENIZER_CONFIG).is_file() else {}
 
 
-def _card_metadata(base: Checkpoint) -> dict[str, Any]:
-    """What the base's model card says of it, among it the licence."""
-    from modeling_attnres.model_card import card_metadata
+def _licence(base: Checkpoint) -> dict[str, Any]:
+    """What the base's model card says of its licence."""
+    from modeling_attnres.model_card import card_metadata, carried_licence
 
     path = base.folder / "README.md"
     if not path.is_file():
         return {}
     try:
-        return card_metadata(path.read_text(encoding="utf-8"))
+        return carried_licence(card_metadata(path.read_text(encoding="utf-8")), base.folder)
     except Exception as error:  # noqa: BLE001  the card is written anew; the old one stays in `attnres_base`
         warnings.warn(f"{path} cannot be read and its licence was not taken over: {error}", stacklevel=3)
         return {}
@@ -395,9 +394,13 @@ def code_files() -> list[Path]:
     return [Path(modeling_attnres.__file__), *map(Path, get_relative_import_files(modeling_attnres.__file__))]
 
 
-def _write_model_card(path: Path, metadata: dict[str, Any], base_name: str, config: "AttnResConfig") -> None:
-    from modeling_attnres.model_card import model_card
+def _model_card(base: Checkpoint, config: "AttnResConfig", architecture: str) -> str:
+    import modeling_attnres
+    from modeling_attnres.model_card import hub_snapshot, model_card
 
+    # A folder's name may read as a Hub id, and is none
+    base_model, commit = hub_snapshot(base.folder) or (None, None)
+    base_name = base_model or os.path.basename(os.path.abspath(base.folder))
     # True of it whatever comes after, since a card that is there stays when a trained model is saved beside it
     state = "As retrofitted, its weights are the base's and its queries are zero"
     if config.attn_res_scale == "sum":
@@ -408,8 +411,9 @@ def _write_model_card(path: Path, metadata: dict[str, Any], base_name: str, conf
         "--scale": config.attn_res_scale,
         "--norm-eps": config.attn_res_norm_eps,
         "--temperature": config.attn_res_temperature,
+        **({"--revision": commit} if commit else {}),
     }
     arguments = [base_name, "OUTPUT", *(str(word) for option in options.items() for word in option)]
     made = f"`{shlex.join(['attnres', 'retrofit', *arguments])}`"
-    card = model_card(config, base_name, metadata, f"{state}.", made)
-    path.write_text(card, encoding="utf-8", newline="\n")
+    auto_class = getattr(modeling_attnres, architecture)._auto_class
+    return model_card(config, auto_class, base_model, _licence(base), f"{state}.", made, base_name=base_name)

@@ -1,6 +1,7 @@
 # Copyright 2026 The modeling_attnres authors. Licensed under the Apache License, Version 2.0.
 """Verify: does a retrofit compute what its base computes?"""
 
+import os
 import warnings
 from contextlib import suppress
 from dataclasses import dataclass
@@ -26,10 +27,15 @@ TEXT = (
 
 @dataclass
 class Verification:
-    """Largest difference between the logits of base and retrofit, next to the largest logit of the base."""
+    """
+    Largest difference between the logits of base and retrofit, next to the largest logit of the base, whose Hub id and
+    commit, or folder's name, it says.
+    """
 
     max_difference: float
     max_logit: float
+    base: str
+    commit: str | None
 
     @property
     def relative_difference(self) -> float:
@@ -54,7 +60,7 @@ def verify(base: str | Path, attnres: str | Path, revision: str | None = None) -
         revision (`str`, *optional*): branch, tag or commit of a base on the Hub.
 
     Returns:
-        [`Verification`]: with `max_difference`, `max_logit` and `passed`.
+        [`Verification`]: with `max_difference`, `max_logit`, `passed`, and the base that it is about.
 
     Raises:
         `FileNotFoundError`: as for [`retrofit`].
@@ -62,6 +68,8 @@ def verify(base: str | Path, attnres: str | Path, revision: str | None = None) -
         `ImportError`: the base is quantised, and what reads such weights is not installed.
     """
     import torch
+
+    from modeling_attnres.model_card import hub_snapshot
 
     base_checkpoint, checkpoint = (
         read_checkpoint(download(str(base), revision)),
@@ -71,10 +79,13 @@ def verify(base: str | Path, attnres: str | Path, revision: str | None = None) -
     _compare_tokenizers(base_checkpoint, checkpoint)
     expected = _logits(base_checkpoint)
     actual = _logits(checkpoint)
+    name, commit = hub_snapshot(base_checkpoint.folder) or (os.path.basename(os.path.abspath(base)), None)
     return Verification(
         # torch's max keeps a NaN, Python's loses it
         max_difference=torch.stack([(a - e).abs().max() for a, e in zip(actual, expected)]).max().item(),
         max_logit=torch.stack([e.abs().max() for e in expected]).max().item(),
+        base=name,
+        commit=commit,
     )
 
 

@@ -1,9 +1,10 @@
 # Copyright 2026 The modeling_attnres authors. Licensed under the Apache License, Version 2.0.
 """The model card: what base, what licence, how to load it, how it was made, what was found."""
 
+import os
 import re
 from collections.abc import Iterable, Mapping
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any
 from urllib.parse import quote
 
@@ -12,11 +13,20 @@ import transformers
 from huggingface_hub import ModelCard, ModelCardData
 
 from .configuration_attnres import AttnResConfig
+from .inspected import HEAT_MAP, PAGE
 
 
 # Where the card does not know yet what the repository will be called
 PLACEHOLDER = "path/to/this/checkpoint"
-MADE, VERIFICATION, DEPTH_ATTENTION = "How it was made", "Verification", "Depth attention"
+LOAD, MADE, VERIFICATION, DEPTH_ATTENTION = "How to load it", "How it was made", "Verification", "Depth attention"
+# What the Hub calls the task of each Auto class
+_TASKS = {
+    "AutoModel": "feature-extraction",
+    "AutoModelForCausalLM": "text-generation",
+    "AutoModelForQuestionAnswering": "question-answering",
+    "AutoModelForSequenceClassification": "text-classification",
+    "AutoModelForTokenClassification": "token-classification",
+}
 _LICENCE = ("license", "license_name", "license_link")
 
 
@@ -25,24 +35,66 @@ def card_metadata(text: str) -> dict[str, Any]:
     return ModelCard(text, ignore_metadata_errors=True).data.to_dict()
 
 
+def hub_snapshot(path: str | Path) -> tuple[str, str] | None:
+    """Hub id and commit of what lies in the Hub cache. Any other folder has none, even if its name reads like one."""
+    path = Path(os.path.abspath(path)).as_posix()
+    found = re.search(r"/models--([^/]+)/snapshots/([0-9a-f]{40})(?:/|$)", path)
+    return (found[1].replace("--", "/"), found[2]) if found else None
+
+
+def lies_in(folder: str | Path, name: str) -> bool:
+    """Whether a file is this folder's own, or the Hub cache's: a stranger's link can lead to any of this machine."""
+    root = Path(os.path.realpath(folder))
+    blobs = [ancestor.parent / "blobs" for ancestor in root.parents if ancestor.name == "snapshots"]
+    target = Path(os.path.realpath(root / name))
+    return target.is_file() and any(own in target.parents for own in (root, *blobs))
+
+
+def local_licence(metadata: Mapping[str, Any], folder: str | Path) -> str | None:
+    """The file in a folder that the `license_link` of the card there names."""
+    link = metadata.get("license_link")
+    if not isinstance(link, str) or PurePath(link).is_absolute() or ".." in PurePath(link).parts:
+        return None
+    return link if lies_in(folder, link) else None
+
+
+def carried_licence(metadata: Mapping[str, Any], folder: str | Path) -> dict[str, Any]:
+    """
+    What the metadata of a card in this folder say of the licence. A link to a file leads to the Hub, if the folder is
+    from there, and nowhere if the file is not there.
+    """
+    kept = {key: metadata[key] for key in _LICENCE if key in metadata}
+    link, snapshot = kept.get("license_link"), hub_snapshot(folder)
+    if isinstance(link, str) and "://" not in link:
+        if snapshot:
+            kept["license_link"] = f"https://huggingface.co/{snapshot[0]}/blob/{snapshot[1]}/{quote(link, safe='/#')}"
+        elif local_licence(metadata, folder) is None:
+            del kept["license_link"]
+    return kept
+
+
 def model_card(
     config: AttnResConfig,
+    auto_class: str,
     base_model: str | list[str] | None,
-    metadata: Mapping[str, Any],
+    licence: Mapping[str, Any],
     state: str,
     made: str,
     name: str = PLACEHOLDER,
+    base_name: str = "",
 ) -> str:
     r"""
     Writes the card of an AttnRes checkpoint.
 
     Args:
         config ([`AttnResConfig`]): its configuration.
-        base_model (`str` or `list[str]`, *optional*): Hub id or folder name of its base, or of several.
-        metadata (`Mapping[str, Any]`): that of the base's card, whose licence holds for this checkpoint too.
+        auto_class (`str`): the Auto class that loads it, for instance `"AutoModelForCausalLM"`.
+        base_model (`str` or `list[str]`, *optional*): Hub id of its base, or of several.
+        licence (`Mapping[str, Any]`): the metadata on it, as [`carried_licence`] gives them.
         state (`str`): what its weights are.
         made (`str`): how it was made.
         name (`str`, *optional*): its Hub id.
+        base_name (`str`, *optional*): what to call a base that has no Hub id.
 
     Returns:
         `str`: the card's Markdown, with its metadata.
@@ -51,17 +103,17 @@ def model_card(
     data = ModelCardData(
         base_model=bases[0] if len(bases) == 1 else bases or None,
         library_name="transformers",
-        pipeline_tag="text-generation",
+        pipeline_tag=_TASKS.get(auto_class),
         tags=["attnres"],
-        **{key: metadata[key] for key in _LICENCE if key in metadata},
+        **licence,
     )
     sources = (
         f"blocks of {config.attn_res_block_size} decoder layers"
         if config.attn_res_type == "block"
         else "each sublayer's output"
     )
-    base = ", ".join(bases) or f"A {config.base_model_type} model"
-    linked = ", ".join(f"[{name}](https://huggingface.co/{name})" if "/" in name else name for name in bases) or base
+    base = ", ".join(bases) or base_name or f"A {config.base_model_type} model"
+    linked = ", ".join(f"[{base}](https://huggingface.co/{base})" for base in bases) or base
     return f"""---
 {data.to_yaml()}
 ---
@@ -73,12 +125,16 @@ sublayer attends over depth. Sources: {sources}; scale: `{config.attn_res_scale}
 
 {state}
 
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+## {LOAD}
 
-model = AutoModelForCausalLM.from_pretrained("{name}", trust_remote_code=True)
+```python
+from transformers import {auto_class}, AutoTokenizer
+
+model = {auto_class}.from_pretrained("{name}", trust_remote_code=True)
 tokenizer = AutoTokenizer.from_pretrained("{name}", trust_remote_code=True)
 ```
+
+{_end(LOAD)}
 
 ## {MADE}
 
@@ -114,10 +170,10 @@ def _pattern(heading: str) -> str:
 
 
 def with_pictures(card: str, paths: Iterable[str]) -> str:
-    """The card with the heat map and the page that are among these files of the repository, and no others."""
+    """The card with the heat map and the page that are among these pictures of the repository, and no others."""
     paths = [PurePath(path) for path in paths]
-    heat_map = next((quote(path.as_posix()) for path in paths if path.name == "weights.png"), None)
-    page = next((quote(path.as_posix()) for path in paths if path.suffix == ".html"), None)
+    heat_map = next((quote(path.as_posix()) for path in paths if path.name == HEAT_MAP), None)
+    page = next((quote(path.as_posix()) for path in paths if path.name == PAGE), None)
     shown = [f"![Mean weight of each source in each sublayer]({heat_map})"] if heat_map else []
     if page:
         shown.append(f"[Token by token]({page}): a page to download and open in a browser.")
@@ -125,7 +181,9 @@ def with_pictures(card: str, paths: Iterable[str]) -> str:
 
 
 def for_hub(card: str, name: str) -> str:
-    """The card of the repository of this id: it loads the model by it, and names a base that can have one."""
-    card = re.sub(r'(?<=\.from_pretrained\()"[^"]*"(?=, trust_remote_code=True\))', lambda _: f'"{name}"', card)
-    # The Hub refuses a card whose `base_model` cannot be an id
-    return re.sub(r"^base_model: (?!['\"]?[\w.-]+(/[\w.-]+)?['\"]?$).+\n", "", card, count=1, flags=re.MULTILINE)
+    """The card of the repository of this id: the section on loading, which was written here, loads the model by it."""
+
+    def named(found: re.Match) -> str:
+        return re.sub(r'(?<=\.from_pretrained\()"[^"]*"(?=, trust_remote_code=True\))', lambda _: f'"{name}"', found[0])
+
+    return re.sub(_pattern(LOAD), named, card, flags=re.DOTALL)

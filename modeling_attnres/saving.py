@@ -1,28 +1,31 @@
 # Copyright 2026 The modeling_attnres authors. Licensed under the Apache License, Version 2.0.
 """A model card for what is saved or pushed while this package is imported: the code that travels opens no file."""
 
+import json
 import os
 import shutil
 from contextlib import suppress
 from functools import wraps
 from math import inf
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePath
+from typing import Any, NamedTuple
 
-import torch
 from huggingface_hub import ModelCard
-from safetensors import safe_open
-from transformers import PreTrainedConfig
 from transformers.utils import cached_file
 
 from .configuration_attnres import ATTN_RES_FIELDS, AttnResConfig
+from .inspected import HEAT_MAP, PAGE, sort_pictures
 from .model_card import (
     DEPTH_ATTENTION,
     MADE,
     PLACEHOLDER,
     VERIFICATION,
     card_metadata,
+    carried_licence,
     for_hub,
+    hub_snapshot,
+    lies_in,
+    local_licence,
     model_card,
     section,
     with_pictures,
@@ -35,87 +38,116 @@ from .modeling_attnres import AttnResPreTrainedModel
 TEMPLATE_TITLE = "# Model Card for Model ID"
 SAVED = "Saved by transformers from a loaded model."
 # Where `attnres inspect` is asked to put them
-PICTURES = ("inspection/weights.png", "inspection/page.html")
+PICTURES = (f"inspection/{HEAT_MAP}", f"inspection/{PAGE}")
+# By which `from_pretrained` finds a file
+_PLACE = ("cache_dir", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 _from_pretrained = AttnResPreTrainedModel.from_pretrained.__func__
 _save_pretrained = AttnResPreTrainedModel.save_pretrained
 
 
+class Source(NamedTuple):
+    """What a model was loaded from, as it was then: a save reads no other revision, and needs no network."""
+
+    folder: str
+    config: dict[str, Any]
+    card: str
+
+
 @classmethod
 @wraps(_from_pretrained)
 def from_pretrained(cls, *args, **kwargs):
+    source = _read_source(*args, **kwargs)
     loaded = _from_pretrained(cls, *args, **kwargs)
-    # A model that is made of a configuration alone has the configuration's `name_or_path`, and nothing else from there
     model = loaded[0] if isinstance(loaded, tuple) else loaded
-    model._source = model.name_or_path
+    model._source = source
     return loaded
+
+
+def _read_source(pretrained_model_name_or_path=None, *args, config=None, **kwargs) -> Source | None:
+    if pretrained_model_name_or_path is None:
+        return None
+    place = {key: kwargs[key] for key in _PLACE if key in kwargs}
+    # Where AutoModel of an older transformers keeps the commit that it reads
+    if commit := getattr(config, "_commit_hash", None):
+        place["revision"] = commit
+    name = str(pretrained_model_name_or_path)
+    folder, config_dict, card = name, {}, ""
+    # From a place like this a model can be loaded all the same
+    with suppress(Exception):
+        path = Path(cached_file(name, "config.json", **place))
+        folder, config_dict = os.path.abspath(path.parent), json.loads(path.read_text(encoding="utf-8"))
+        if snapshot := hub_snapshot(path):
+            place["revision"] = snapshot[1]
+        path = Path(cached_file(name, "README.md", **place))
+        card = path.read_text(encoding="utf-8") if lies_in(path.parent, path.name) else ""
+    return Source(folder, config_dict, card)
 
 
 @wraps(_save_pretrained)
 def save_pretrained(self, save_directory: str, is_main_process: bool = True, *args, **kwargs):
-    # What the base is and its licence are known from the card beside the weights alone. Read first: the folder may be
-    # the one it was loaded from, and pushing writes a template there
-    self._card = self.model_card() if is_main_process else None
     _save_pretrained(self, save_directory, is_main_process, *args, **kwargs)
     path = Path(save_directory) / "README.md"
-    if self._card is not None and self._source and path.parent.is_dir() and not path.exists():
-        path.write_text(self._card, encoding="utf-8")
+    # What the base is and its licence are known from the card beside the weights that were loaded alone
+    if is_main_process and self._source is not None and path.parent.is_dir() and not os.path.lexists(path):
+        path.write_text(self.model_card(), encoding="utf-8")
+        licence = _licence_file(self)
+        if licence and not os.path.lexists(path.parent / licence):
+            (path.parent / licence).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(os.path.join(self._source.folder, licence), path.parent / licence)
 
 
-def _upload_modified_files(self, working_dir: str, repo_id: str, *args, **kwargs):
+def _licence_file(self) -> str | None:
+    """What the card of this model links to, beside the weights that were loaded."""
+    return local_licence(card_metadata(self.model_card()), self._source.folder) if self._source else None
+
+
+def _upload_modified_files(self, working_dir: str, repo_id: str, files_timestamps: dict[str, float], *args, **kwargs):
     """What `push_to_hub` calls. The template that transformers gives a new repository names no base and no licence."""
     path = Path(working_dir) / "README.md"
     card = path.read_text(encoding="utf-8")
-    is_new = TEMPLATE_TITLE in card and self._card is not None
+    is_new = TEMPLATE_TITLE in card
     if is_new:
         tags = card_metadata(card).get("tags") or []
-        own = ModelCard(for_hub(self._card, repo_id))
+        own = ModelCard(for_hub(self.model_card(), repo_id))
         own.data.tags = list(dict.fromkeys([*own.data.tags, *tags]))
         card = str(own)
     if is_new or section(card, DEPTH_ATTENTION) is not None:
         # Those of the earlier weights would stay there otherwise
-        card = with_pictures(card, _pictures(Path(self._source), Path(working_dir)))
+        card = with_pictures(card, _pictures(self, Path(working_dir)))
     path.write_text(card, encoding="utf-8")
-    return super(AttnResPreTrainedModel, self)._upload_modified_files(working_dir, repo_id, *args, **kwargs)
+    if licence := _licence_file(self):
+        # It goes with a card that links to it, and not over the file of a repository whose own card does not
+        linked = card_metadata(card).get("license_link") == licence
+        files_timestamps = {**files_timestamps, PurePath(licence).parts[0]: -inf if linked else inf}
+    return super(AttnResPreTrainedModel, self)._upload_modified_files(
+        working_dir, repo_id, files_timestamps, *args, **kwargs
+    )
 
 
-def _pictures(source: Path, folder: Path) -> list[str]:
-    """Heat map and page from the source's folder, copied, if the weights in the other are still the source's."""
-    written = max((file.stat().st_mtime for file in source.glob("*.safetensors")), default=inf)
-    # One that is older than the weights shows others
-    found = [path for path in PICTURES if (source / path).is_file() and (source / path).stat().st_mtime >= written]
-    if not found or source.samefile(folder) or not _same_model(source, folder):
+def _pictures(self, folder: Path) -> list[str]:
+    """Heat map and page from where the model was loaded, copied, if they show what is pushed."""
+    if self._source is None:
         return []
-    for path in found:
+    source = Path(self._source.folder)
+    found = [path for path in PICTURES if lies_in(source, path)]
+    # `save_pretrained` into the folder sends what it wrote alone
+    if not found or source.samefile(folder):
+        return []
+    fitting, _ = sort_pictures(source, found, self.config, sorted(folder.glob("*.safetensors")))
+    for path in fitting:
         (folder / path).parent.mkdir(exist_ok=True)
         shutil.copyfile(source / path, folder / path)
-    return found
+    return fitting
 
 
-def _same_model(source: Path, folder: Path) -> bool:
-    """Whether a folder has the source's depth attention, and each tensor is the source's, in whatever float format."""
-    theirs, ours = (
-        {name: file for path in place.glob("*.safetensors") for file in [safe_open(path, "pt")] for name in file.keys()}
-        for place in (source, folder)
-    )
-    return (
-        _attn_res_fields(source) == _attn_res_fields(folder)
-        and ours.keys() == theirs.keys()
-        and all(
-            torch.equal(file.get_tensor(name).float(), theirs[name].get_tensor(name).float())
-            for name, file in ours.items()
-        )
-    )
-
-
-def _attn_res_fields(source: str | Path) -> dict[str, Any]:
-    config = AttnResConfig.from_pretrained(source)
+def _attn_res_fields(config: AttnResConfig) -> dict[str, Any]:
     return {name: getattr(config, name) for name in ATTN_RES_FIELDS}
 
 
 def card_of_model(self, name: str = PLACEHOLDER) -> str:
     r"""
-    The model card. Base, licence, how it was made and verified are what the card of the checkpoint says from which this
+    The model card. Base, licence, how it was made and verified are what the card of the checkpoint said from which this
     was loaded.
 
     Args:
@@ -124,27 +156,33 @@ def card_of_model(self, name: str = PLACEHOLDER) -> str:
     Returns:
         `str`: Markdown, with metadata.
     """
-    base_model, metadata, made, verification, source = None, {}, "", None, self._source
-    # It was loaded from nowhere, from what is not there any more, or from what has no card that can be read
+    base_model, base_name, licence, made, verification = None, "", {}, "", None
+    source = self._source or Source("", {}, "")
+    # It may have no card, or none that can be read
     with suppress(Exception):
-        is_base = PreTrainedConfig.get_config_dict(source)[0].get("model_type") != self.config.model_type
-        if is_base:
-            base_model = os.path.basename(os.path.abspath(source)) if os.path.isdir(source) else source
-        card = Path(cached_file(source, "README.md")).read_text(encoding="utf-8")
-        metadata = card_metadata(card)
-        if not is_base:
+        if source.config and source.config["model_type"] != self.config.model_type:
+            snapshot = hub_snapshot(source.folder)
+            base_model = snapshot and snapshot[0]
+            base_name = os.path.basename(os.path.abspath(source.folder))
+        metadata = card_metadata(source.card) if source.card else {}
+        licence = carried_licence(metadata, source.folder)
+        if source.config["model_type"] == self.config.model_type:
             base_model = metadata.get("base_model")
             # Of a model with another depth attention none of it is true
-            if _attn_res_fields(source) == {name: getattr(self.config, name) for name in ATTN_RES_FIELDS}:
-                made, verification = section(card, MADE) or "", section(card, VERIFICATION)
+            if _attn_res_fields(AttnResConfig.from_dict(source.config)) == _attn_res_fields(self.config):
+                made, verification = section(source.card, MADE) or "", section(source.card, VERIFICATION)
     # Of several times that it was saved, the last
     made = f"{made.partition(SAVED)[0].strip()}\n\n{SAVED}".strip()
-    state = "`attnres inspect` shows how far its queries have come from zero, where they started."
-    card = model_card(self.config, base_model, metadata, state, made, name)
+    state = "Its queries were zero at first"
+    if self._auto_class == "AutoModelForCausalLM":
+        state += "; `attnres inspect` shows how far they have come"
+    # A class of the user's own may have none
+    auto_class = self._auto_class or "AutoModel"
+    card = model_card(self.config, auto_class, base_model, licence, f"{state}.", made, name, base_name)
     return with_section(card, VERIFICATION, verification) if verification else card
 
 
-AttnResPreTrainedModel._source = ""
+AttnResPreTrainedModel._source = None
 AttnResPreTrainedModel.from_pretrained = from_pretrained
 AttnResPreTrainedModel.save_pretrained = save_pretrained
 AttnResPreTrainedModel._upload_modified_files = _upload_modified_files

@@ -95,7 +95,8 @@ def test_base_tensors_are_unchanged_and_everything_else_comes_along(base_folder,
             assert (output / name).read_bytes() == before[name], name
     assert not (output / "pytorch_model.bin").exists()
     card = (output / "README.md").read_text()
-    assert "base_model: base" in card and "license: apache-2.0" in card and "# A base" not in card
+    assert "# base with Attention Residuals" in card and "base_model:" not in card, "a folder's name is no Hub id"
+    assert "license: apache-2.0" in card and "# A base" not in card
 
     base_config, config = (json.loads((folder / "config.json").read_text()) for folder in (base_folder, output))
     assert config["architectures"] == ["AttnResForCausalLM"]

@@ -659,7 +659,7 @@ def test_a_broken_model_card_loses_its_licence_and_nothing_else(card, base, tmp_
         output = retrofit(base, tmp_path / "output")
     assert card == "wide" or any("its licence was not taken over" in str(warning.message) for warning in caught)
     assert (output / "attnres_base" / "README.md").read_bytes() == CARDS[card]
-    assert "base_model: base" in (output / "README.md").read_text()
+    assert "# base with Attention Residuals" in (output / "README.md").read_text()
 
 
 @pytest.mark.parametrize(

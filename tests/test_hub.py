@@ -1,7 +1,10 @@
 """A source on the Hub and a checkpoint that goes there: against a stand-in on loopback, by processes of their own."""
 
 import json
+import os
 import re
+import shutil
+import stat
 import subprocess
 import sys
 import threading
@@ -10,19 +13,25 @@ import urllib.request
 
 import pytest
 import torch
+import transformers
 import yaml
-from conftest import attnres_of, randomise_depth_attention, save_word_tokenizer, tiny_base
-from hub_stand_in import USER, running_hub
-from safetensors.torch import load_file
+from conftest import attnres_of, randomise_depth_attention, save_word_tokenizer, tiny_base, tiny_base_config
+from hub_stand_in import TOKEN, USER, running_hub
+from safetensors.torch import load_file, save_file
 from test_cli import attnres
 from test_conversion import file_bytes, save_base, tensor_hashes
 from test_remote_code import ISOLATED
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from attnres_conversion import inspect_checkpoint, push, retrofit
+import modeling_attnres
+from attnres_conversion import inspect_checkpoint, push, retrofit, verify
 from attnres_conversion.page import write_page
 from attnres_conversion.pictures import write_pictures
+from attnres_conversion.push import keep_verification
+from modeling_attnres import AttnResConfig, AttnResForCausalLM
+from modeling_attnres.inspected import weights_digest
 from modeling_attnres.model_card import with_pictures
+from modeling_attnres.saving import _pictures
 
 
 BASE, NAME = f"{USER}/base", f"{USER}/base-attnres"
@@ -108,6 +117,8 @@ def test_retrofit_and_upload(hub, tmp_path):
     assert f'from_pretrained("{NAME}", trust_remote_code=True)' in card
     assert f"attnres retrofit {BASE} OUTPUT --type block --block-size 2 --scale sum --norm-eps 1e-06" in card
     assert f"torch {torch.__version__}" in card and "transformers 5." in card
+    assert f"--revision {hub.sha(BASE)}" in card
+    assert f"Compared with its base, `{BASE}` at commit {hub.sha(BASE)}, by `attnres verify`" in card
     difference, largest = re.search(
         r"between logits was (\S+), the largest logit (\S+)\. The two computed the same", card
     ).groups()
@@ -201,7 +212,7 @@ def run(hub, script, *arguments, cache):
         env=hub.environment(cache),
     )
     assert process.returncode == 0, process.stderr
-    return process.stdout
+    return process.stderr
 
 
 PUSH = """
@@ -226,7 +237,7 @@ def test_a_model_pushes_itself(hub, tmp_path):
     run(hub, PUSH, *arguments, cache=tmp_path / "cache")
     card = hub.repositories[NAME]["README.md"].decode()
     data = metadata(card)
-    assert data["base_model"] == "base" and data["license"] == "apache-2.0" and "attnres" in data["tags"]
+    assert "base_model" not in data and data["license"] == "apache-2.0" and "attnres" in data["tags"]
     assert f'from_pretrained("{NAME}", trust_remote_code=True)' in card
     assert "`attnres retrofit base OUTPUT" in card and "## Verification" not in card, "nobody verified it"
     assert hub.private == {NAME}
@@ -267,6 +278,9 @@ def test_a_model_s_card_says_what_was_found_of_its_weights(hub, tmp_path):
     inspections = [inspect_checkpoint(output, "word word and word")]
     write_pictures(inspections, output / "inspection")
     write_page(inspections, output / "inspection" / "page.html")
+    for path in (output / "inspection").iterdir():
+        # As a copy may leave them: what they show does not depend on when they were written
+        os.utime(path, (0, 0))
     pictures = {
         f"inspection/{name}": (output / "inspection" / name).read_bytes() for name in ("weights.png", "page.html")
     }
@@ -277,13 +291,21 @@ def test_a_model_s_card_says_what_was_found_of_its_weights(hub, tmp_path):
     card = files["README.md"].decode()
     assert {path: files.get(path) for path in pictures} == pictures
     assert card.count("](inspection/weights.png)") == card.count("](inspection/page.html)") == 1
-    assert "before any training that followed" in card and f"between logits was {difference}," in card
+    assert "Compared with its base, `base`, by" in card and f"between logits was {difference}," in card
     assert "`attnres retrofit base OUTPUT" in card and card.count("Saved by transformers") == 1
 
-    run(hub, PUSH_TRAINED, output, *names, cache=tmp_path / "cache")
+    warned = run(hub, PUSH_TRAINED, output, *names, cache=tmp_path / "cache")
+    assert (
+        "inspection/weights.png, inspection/page.html in" in warned and "To show what is uploaded: `attnres" in warned
+    )
+    # The folder holds the trained model now, and pictures that are newer and of the earlier one
+    for path in (output / "inspection").iterdir():
+        path.touch()
+    names.append(f"{USER}/later")
+    assert "left out" in run(hub, PUSH_UNTOUCHED, output, names[-1], cache=tmp_path / "cache")
     for name in names:
         card = hub.repositories[name]["README.md"].decode()
-        assert "inspection/" not in card and metadata(card)["base_model"] == "base", name
+        assert "inspection/" not in card and "`attnres retrofit base OUTPUT" in card, name
         assert "before any training that followed" in card and f"between logits was {difference}," in card
         assert name == names[0] or "inspection/weights.png" not in hub.repositories[name]
 
@@ -319,10 +341,10 @@ def test_base_and_licence_go_from_the_hub_through_folders_to_the_hub(hub, tmp_pa
     # The base's card, in its folder, names what it was merged of: of the retrofit that is not the base
     (folder / "README.md").write_bytes(hub.repositories[BASE]["README.md"])
     data = metadata((retrofit(folder, tmp_path / "attnres") / "README.md").read_text())
-    assert data["base_model"] == "base" and {key: data[key] for key in licence} == licence
+    assert "base_model" not in data and {key: data[key] for key in licence} == licence
     # A list that stands in an AttnRes model's card stays one
     path = tmp_path / "attnres" / "README.md"
-    path.write_text(path.read_text().replace("base_model: base\n", "base_model:\n- someone/one\n- someone/two\n"))
+    path.write_text(path.read_text().replace("---\n", "---\nbase_model:\n- someone/one\n- someone/two\n", 1))
     AutoModelForCausalLM.from_pretrained(tmp_path / "attnres").save_pretrained(tmp_path / "saved")
     card = (tmp_path / "saved" / "README.md").read_text()
     assert metadata(card)["base_model"] == ["someone/one", "someone/two"]
@@ -336,7 +358,6 @@ def test_a_base_that_can_have_no_hub_id_is_named_in_the_text(hub, tmp_path):
     assert result.returncode == 0, result.stderr
     card = hub.repositories[NAME]["README.md"].decode()
     assert "base_model" not in metadata(card) and "# a base (1) with Attention Residuals" in card
-    assert metadata((tmp_path / "attnres" / "README.md").read_text())["base_model"] == "a base (1)"
 
 
 def test_under_another_name_the_card_says_that_name(hub, tmp_path):
@@ -381,7 +402,7 @@ def test_an_interrupted_push_of_a_model_can_be_run_again(hub, tmp_path):
     run(hub, INTERRUPTED, output, NAME, cache=tmp_path / "cache")
     shards = [path for path in hub.repositories[NAME] if path.endswith(".safetensors")]
     assert len(shards) > 2 and len(hub.received) == len(set(hub.received)) == len(shards), "none was sent twice"
-    assert metadata(hub.repositories[NAME]["README.md"].decode())["base_model"] == "base"
+    assert "`attnres retrofit base OUTPUT" in hub.repositories[NAME]["README.md"].decode()
 
 
 TRAIN = """
@@ -472,18 +493,21 @@ def test_the_card_of_a_model_that_was_never_saved(tmp_path):
     for folder in (tmp_path / "trained", tmp_path / "trained-more"):
         model = type(model).from_pretrained(output)
         model.save_pretrained(folder)
-        data = metadata((folder / "README.md").read_text())
-        assert data["base_model"] == "base" and data["license"] == "apache-2.0" and data["tags"] == ["attnres"]
+        card = (folder / "README.md").read_text()
+        data = metadata(card)
+        assert "base_model" not in data and data["license"] == "apache-2.0" and data["tags"] == ["attnres"]
+        assert card.count("`attnres retrofit base OUTPUT") == 1
         output = folder
     # A card that cannot be read stops no save
     (output / "README.md").write_text("---\na: [\n---\n")
     type(model).from_pretrained(output).save_pretrained(tmp_path / "unread")
     assert "base_model" not in metadata((tmp_path / "unread" / "README.md").read_text())
-    # Loaded from a base's own folder, that is its base, whatever its card names as its own
+    # Loaded from a base's own folder, that is its base, whatever its card names as its own, and it has no Hub id
     folder = save_base(tmp_path / "a-base")
     (folder / "README.md").write_text("---\nlicense: mit\nbase_model: someone/else\n---\n")
-    data = metadata(type(model).from_pretrained(folder).model_card())
-    assert data["base_model"] == "a-base" and data["license"] == "mit"
+    card = type(model).from_pretrained(folder).model_card()
+    assert "# a-base with Attention Residuals" in card
+    assert "base_model" not in metadata(card) and metadata(card)["license"] == "mit"
 
 
 def test_what_others_wrote_into_a_card_stays(tmp_path):
@@ -508,4 +532,238 @@ def test_a_card_claims_nothing_of_another_model(tmp_path):
     # As for any model, by position
     model.save_pretrained(tmp_path / "other", True, model.state_dict())
     card = (tmp_path / "other" / "README.md").read_text()
-    assert metadata(card)["base_model"] == "base" and "Verification" not in card and "attnres retrofit" not in card
+    assert metadata(card)["license"] == "apache-2.0"
+    assert "Verification" not in card and "attnres retrofit" not in card
+
+
+def test_no_picture_of_other_weights_is_pushed(hub, tmp_path):
+    """By what it shows, whenever it was written; and what others made is no heat map and no page of ours."""
+    base = save_base(tmp_path / "base")
+    save_word_tokenizer(base, ["and", "word"])
+    output = retrofit(base, tmp_path / "attnres")
+    inspection = inspect_checkpoint(output, "word word and word")
+    write_pictures([inspection], output / "inspection")
+    write_page([inspection], output / "inspection" / "look.html")
+    shutil.copytree(output, tmp_path / "trained")
+    shard = tmp_path / "trained" / "model-00001-of-00002.safetensors"
+    tensors = load_file(shard)
+    tensors["model.layers.2.mlp.down_proj.weight"][3, 5] += 0.5
+    save_file(tensors, shard, metadata={"format": "pt"})
+    now = max(path.stat().st_mtime for path in (tmp_path / "trained").glob("*"))
+    for path in (tmp_path / "trained" / "inspection").iterdir():
+        os.utime(path, (now + 60, now + 60))
+    environment = hub.environment(tmp_path / "cache")
+    names = {"weights.png", "entropy.png", "queries.png", "look.html"}
+
+    for folder, foreign in ((output, False), (tmp_path / "trained", True)):
+        if foreign:
+            for name in ("page.html", "logo.png", "about.html"):
+                (folder / name).write_bytes(b"somebody's own")
+        name = f"{USER}/{folder.name}"
+        result = attnres("push", folder, name, environment=environment)
+        assert result.returncode == 0, result.stderr
+        files = hub.repositories[name]
+        card = files["README.md"].decode()
+        sent = {path.removeprefix("inspection/") for path in files if path.startswith("inspection/")}
+        assert sent == (set() if foreign else names)
+        assert ("](inspection/weights.png)" in card) != foreign
+        # Of a name that the card does not show, or of others: files like any
+        assert (
+            ".html" not in card
+            and "logo.png" not in card
+            and ("logo.png" in files) == ("about.html" in files) == foreign
+        )
+        assert "page.html" not in files
+        assert all(f"inspection/{name}" in result.stderr for name in names) == foreign
+        assert (
+            (f"page.html in {folder} left out" in result.stderr)
+            == ("attnres inspect CHECKPOINT --output" in result.stderr)
+            == foreign
+        )
+
+
+@pytest.mark.parametrize(
+    "architecture, task",
+    [
+        ("AttnResModel", "feature-extraction"),
+        ("AttnResForCausalLM", "text-generation"),
+        ("AttnResForQuestionAnswering", "question-answering"),
+        ("AttnResForSequenceClassification", "text-classification"),
+        ("AttnResForTokenClassification", "token-classification"),
+    ],
+)
+def test_a_card_loads_the_class_that_was_saved(architecture, task, tmp_path):
+    base_class = getattr(transformers, architecture.replace("AttnRes", "Llama"))
+    base_class(tiny_base_config("llama")).save_pretrained(tmp_path / "base")
+    save_word_tokenizer(tmp_path / "base", ["and", "word"])
+    model = getattr(modeling_attnres, architecture).from_pretrained(tmp_path / "base")
+    model.save_pretrained(tmp_path / "saved")
+    save_word_tokenizer(tmp_path / "saved", ["and", "word"])
+    folders = [tmp_path / "saved"]
+    if architecture != "AttnResForQuestionAnswering":  # of which no retrofit is made
+        folders.append(retrofit(tmp_path / "base", tmp_path / "attnres"))
+    for folder in folders:
+        card = (folder / "README.md").read_text()
+        assert metadata(card)["pipeline_tag"] == task
+        assert ("`attnres inspect`" in card) == (folder.name == "saved" and task == "text-generation"), (
+            "it takes no other"
+        )
+        code = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
+        names = {}
+        exec(code.replace("path/to/this/checkpoint", str(folder)), names)
+        assert type(names["model"]).__name__ == architecture and names["tokenizer"]("word").input_ids == [1]
+
+
+def test_what_others_wrote_is_not_rewritten_for_the_hub(hub, tmp_path):
+    output = retrofit(save_base(tmp_path / "base"), tmp_path / "attnres")
+    theirs = 'base_model: not, a Hub id\n\n    load = AutoModel.from_pretrained("theirs", trust_remote_code=True)\n'
+    head, body = (output / "README.md").read_text().split("---\n\n", 1)
+    (output / "README.md").write_text(f"{head}---\n\n{theirs}\n{body}\n{theirs}")
+    result = attnres("push", output, NAME, environment=hub.environment(tmp_path / "cache"))
+    assert result.returncode == 0, result.stderr
+    card = hub.repositories[NAME]["README.md"].decode()
+    assert card.count(theirs) == 2 and card.count(f'from_pretrained("{NAME}", trust_remote_code=True)') == 2
+    assert "path/to/this/checkpoint" not in card
+
+
+def test_a_folder_s_name_is_no_hub_id(tmp_path, monkeypatch):
+    """Even if it reads like one. The Hub cache's folders say whose they are."""
+    monkeypatch.chdir(tmp_path)
+    save_base(tmp_path / "someone" / "base")
+    AttnResForCausalLM.from_pretrained("someone/base").save_pretrained("saved")
+    for folder in (retrofit("someone/base", "attnres"), tmp_path / "saved"):
+        card = (folder / "README.md").read_text()
+        assert "base_model" not in metadata(card) and "huggingface.co" not in card
+        assert "# base with Attention Residuals" in card
+    snapshot = tmp_path / "models--someone--base" / "snapshots" / ("0a" * 20)
+    shutil.copytree("someone/base", snapshot)
+    (snapshot / "README.md").unlink()
+    AttnResForCausalLM.from_pretrained(snapshot).save_pretrained("saved-2")
+    for folder in (retrofit(snapshot, "attnres-2"), tmp_path / "saved-2"):
+        assert metadata((folder / "README.md").read_text())["base_model"] == "someone/base"
+
+
+LOAD_THEN_SAVE = """
+import sys
+from transformers import AutoModelForCausalLM
+from modeling_attnres import AttnResForCausalLM
+name, token, work = sys.argv[1:]
+models = [c.from_pretrained(name, revision="v1", token=token) for c in (AutoModelForCausalLM, AttnResForCausalLM)]
+print("loaded", flush=True)
+sys.stdin.readline()
+for i, model in enumerate(models):
+    model.save_pretrained(f"{work}/{i}")
+"""
+
+
+def test_a_save_says_what_was_there_at_load_and_asks_nobody(hub, tmp_path):
+    """A private source, by a token that is given and not logged in with; then its card changes, and the Hub is gone."""
+    files = file_bytes(retrofit(save_base(tmp_path / "base"), tmp_path / "attnres"))
+    card = files["README.md"].decode().replace("---\n", f"---\nbase_model: {BASE}\n", 1)
+    hub.repositories[NAME] = {**files, "README.md": card.encode()}
+    hub.private.add(NAME)
+    process = subprocess.Popen(
+        [sys.executable, "-c", LOAD_THEN_SAVE, NAME, TOKEN, tmp_path],
+        env=hub.environment(tmp_path / "cache", token=None),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline() == "loaded\n"
+    hub.repositories[NAME]["README.md"] = card.replace("apache-2.0", "mit").replace(BASE, "someone/else").encode()
+    served = len(hub.served)
+    hub.shutdown()
+    process.communicate("\n")
+    assert process.returncode == 0 and len(hub.served) == served
+    for i in range(2):
+        data = metadata((tmp_path / str(i) / "README.md").read_text())
+        assert data["base_model"] == BASE and data["license"] == "apache-2.0"
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o664])
+def test_the_card_keeps_its_rights_and_is_on_the_disk(mode, tmp_path, monkeypatch):
+    output = retrofit(save_base(tmp_path / "base"), tmp_path / "attnres")
+    (output / "README.md").chmod(mode)
+    happened = []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda file: (happened.append(os.readlink(f"/proc/self/fd/{file}")), fsync(file)))
+    monkeypatch.setattr(os, "replace", lambda *paths: (happened.append("replaced"), replace(*paths)))
+    keep_verification(output, verify(tmp_path / "base", output))
+    assert "## Verification" in (output / "README.md").read_text()
+    assert stat.S_IMODE((output / "README.md").stat().st_mode) == mode
+    assert happened == [str(output / ".README.md.partial"), "replaced", str(output)]
+    assert not (output / ".README.md.partial").exists()
+
+
+LINKED = "---\nlicense: other\nlicense_name: own\nlicense_link: LICENSE\n---\n# A base\n"
+
+
+def test_a_linked_licence_comes_along(hub, tmp_path):
+    base = save_base(tmp_path / "base")
+    (base / "README.md").write_text(LINKED)
+    hub.repositories[BASE] = file_bytes(base)
+    own = {"README.md": b"---\nlicense: mit\n---\n# By hand\n", "LICENSE": b"their own"}
+    hub.repositories[f"{USER}/by-hand"] = dict(own)
+    # From a folder, the file
+    output = retrofit(base, tmp_path / "attnres")
+    AutoModelForCausalLM.from_pretrained(output).save_pretrained(tmp_path / "saved")
+    assert (tmp_path / "saved" / "LICENSE").read_text() == "the licence"
+    run(hub, PUSH, tmp_path / "saved", tmp_path / "logits.pt", NAME, f"{USER}/by-hand", cache=tmp_path / "cache")
+    assert metadata(hub.repositories[NAME]["README.md"].decode())["license_link"] == "LICENSE"
+    assert hub.repositories[NAME]["LICENSE"] == b"the licence"
+    assert hub.repositories[f"{USER}/by-hand"]["LICENSE"] == own["LICENSE"], "the repository's card says another"
+    # From the Hub, a link to there
+    run(hub, CHAIN, BASE, tmp_path / "work", f"{USER}/other", cache=tmp_path / "cache")
+    link = f"https://huggingface.co/{BASE}/blob/{hub.sha(BASE)}/LICENSE"
+    assert metadata(hub.repositories[f"{USER}/other"]["README.md"].decode())["license_link"] == link
+    result = attnres("retrofit", BASE, tmp_path / "attnres-2", environment=hub.environment(tmp_path / "cache"))
+    assert result.returncode == 0, result.stderr
+    assert metadata((tmp_path / "attnres-2" / "README.md").read_text())["license_link"] == link
+    # A card that links to nothing
+    (output / "LICENSE").unlink()
+    result = attnres("push", output, f"{USER}/third", environment=hub.environment(tmp_path / "cache"))
+    assert result.returncode == 0 and "is 'LICENSE', a file that is not there" in result.stderr
+
+
+@pytest.mark.parametrize("kind", ["gone", "a path out", "a path out and back", "a link out"])
+def test_no_file_from_elsewhere_comes_as_the_licence(kind, tmp_path):
+    (tmp_path / "secret").write_text("secret")
+    output = retrofit(save_base(tmp_path / "base"), tmp_path / "attnres")
+    card = (output / "README.md").read_text()
+    link = {"a path out": "../secret", "a path out and back": "../attnres/LICENCE"}.get(kind, "LICENCE")
+    (output / "README.md").write_text(card.replace("license: apache-2.0", f"license: other\nlicense_link: {link}"))
+    if kind == "a link out":
+        (output / "LICENCE").symlink_to(tmp_path / "secret")
+    if kind == "a path out and back":
+        (output / "LICENCE").write_text("licence")
+    AutoModelForCausalLM.from_pretrained(output).save_pretrained(tmp_path / "saved" / "here")
+    data = metadata((tmp_path / "saved" / "here" / "README.md").read_text())
+    assert data["license"] == "other" and "license_link" not in data
+    assert [path.name for path in (tmp_path / "saved").iterdir()] == ["here"], "nothing is written beside"
+    assert "secret" not in [
+        path.read_bytes()[:6].decode(errors="replace") for path in (tmp_path / "saved").rglob("*") if path.is_file()
+    ]
+
+
+def test_no_file_from_elsewhere_comes_by_a_link(tmp_path):
+    """In a checkpoint that a stranger gave, or in the folder to save to."""
+    (tmp_path / "base").mkdir()
+    output = retrofit(save_base(tmp_path / "base" / "base"), tmp_path / "attnres")
+    (output / "README.md").rename(tmp_path / "elsewhere.md")
+    (output / "README.md").symlink_to(tmp_path / "elsewhere.md")
+    digest = weights_digest(AttnResConfig.from_pretrained(output), output.glob("*.safetensors"))
+    (tmp_path / "elsewhere.html").write_text(f'<meta name="attnres-weights" content="{digest}">')
+    (output / "inspection").mkdir()
+    (output / "inspection" / "page.html").symlink_to(tmp_path / "elsewhere.html")
+    model = AutoModelForCausalLM.from_pretrained(output)
+    assert _pictures(model, tmp_path / "base") == []
+    assert "license" not in metadata(model.model_card())
+    (output / "inspection" / "page.html").unlink()
+    shutil.copy(tmp_path / "elsewhere.html", output / "inspection" / "page.html")
+    shutil.copytree(output, tmp_path / "saved", ignore=shutil.ignore_patterns("inspection"))
+    assert _pictures(model, tmp_path / "saved") == ["inspection/page.html"], "one that is there is taken"
+
+    (tmp_path / "target").mkdir()
+    (tmp_path / "target" / "README.md").symlink_to(tmp_path / "made.md")
+    model.save_pretrained(tmp_path / "target")
+    assert not (tmp_path / "made.md").exists()

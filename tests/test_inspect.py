@@ -4,15 +4,18 @@ import math
 import re
 import shutil
 import struct
+from html.parser import HTMLParser
 
 import pytest
 import torch
 from conftest import attnres_of, randomise_depth_attention, save_word_tokenizer, tiny_base
+from PIL import Image
 from test_cli import attnres
 from transformers import AutoModelForCausalLM
 
 from attnres_conversion import inspect_checkpoint, retrofit
 from attnres_conversion.inspect_checkpoint import labels, tables
+from attnres_conversion.page import write_page
 from attnres_conversion.pictures import write_pictures
 from modeling_attnres import DepthAttention
 
@@ -156,6 +159,41 @@ def test_pictures(folders, inspection, tmp_path):
     assert all(min(png_size(file)) > 200 for file in files)
     (alone,) = (file for file in write_pictures(run[:1], tmp_path) if file.name == "weights.png")
     assert png_size(alone)[0] < png_size(tmp_path / "new" / "folder" / "weights.png")[0]
+
+
+def test_pictures_and_page_hold_the_digest_of_the_last(folders, inspection, tmp_path):
+    """As other readers of the formats find it."""
+    run = [inspect_checkpoint(folders / "step-100", TEXT), inspection]
+    for file in write_pictures(run, tmp_path):
+        with Image.open(file) as image:
+            assert image.text["attnres-weights"] == inspection.digest
+    found = []
+    parser = HTMLParser()
+    parser.handle_starttag = lambda tag, attributes: found.append(dict(attributes)) if tag == "meta" else None
+    parser.feed(write_page(run, tmp_path / "page.html").read_text())
+    assert {"name": "attnres-weights", "content": inspection.digest} in found
+
+
+def test_the_digest_is_of_the_values(folders, inspection, tmp_path):
+    """In whatever float format and files they lie; one number that is another, or one field, and it is another too."""
+    retrofitted = inspect_checkpoint(folders / "retrofit", TEXT)
+    model = load(folders / "step-200")
+    model.bfloat16().save_pretrained(tmp_path / "bfloat16")
+    model.float().save_pretrained(tmp_path / "float32", max_shard_size="20KB")
+    assert len(list((tmp_path / "float32").glob("*.safetensors"))) > 2
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 4] *= 1.01
+    model.save_pretrained(tmp_path / "weight")
+    model = load(tmp_path / "float32")
+    model.config.attn_res_norm_eps = 1e-5
+    model.save_pretrained(tmp_path / "field")
+    digests = {}
+    for name in ("bfloat16", "float32", "weight", "field"):
+        save_word_tokenizer(tmp_path / name, WORDS)
+        digests[name] = inspect_checkpoint(tmp_path / name, TEXT).digest
+    assert digests["bfloat16"] == digests["float32"]
+    assert len({*digests.values(), inspection.digest, retrofitted.digest}) == 5
+    assert all(re.fullmatch("[0-9a-f]{64}", digest) for digest in digests.values())
 
 
 def test_the_heat_map_shows_the_weights(inspection):
