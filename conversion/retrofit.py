@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 WIDTH_AT_TEMPERATURE_1 = 128
 # What is no weight by itself, but comes beside one that is packed
 _BESIDE_A_WEIGHT = re.compile(r"(absmax|bias|g_idx|scales?|scale_inv|shape|zeros|zero_points?)$")
+# What GraniteMoE calls the weights of all experts of a layer
+_GRANITE = {"gate_up_proj": "input_linear", "down_proj": "output_linear"}
 # As safetensors names them
 FLOATS = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
 
@@ -222,8 +224,8 @@ def _model_without_values(
     def holds_packed(name):
         if ".experts." in name:
             return _holds_packed_experts(checkpoint, name, len(model.get_parameter(name)))
-        module_name = name.removesuffix(".weight")
-        parts = (part for part in unexpected if part.startswith(f"{module_name}."))
+        module_name = name.removeprefix("model.").removesuffix(".weight")
+        parts = (part for part in unexpected if part.removeprefix("model.").startswith(f"{module_name}."))
         return name.endswith(".weight") and any(not _BESIDE_A_WEIGHT.search(part) for part in parts)
 
     for name in sorted(problems["missing_keys"]):
@@ -257,15 +259,17 @@ def _holds_packed_experts(checkpoint: Checkpoint, name: str, count: int) -> bool
     """Whether a quantised checkpoint holds this parameter of all of a layer's experts, by whatever names."""
     # Not all families call the module around them alike
     layer, parameter = re.search(r"layers\.\d+\.", name)[0], name.rpartition(".")[2]
-    parts = [tensor.partition(".experts.")[2] for tensor in checkpoint.tensors if layer in tensor]
-    if any(part.startswith(parameter) and (part == parameter or not _BESIDE_A_WEIGHT.search(part)) for part in parts):
+    weights = [tensor for tensor in checkpoint.tensors if layer in tensor and not _BESIDE_A_WEIGHT.search(tensor)]
+    together = (f".experts.{parameter}", f".{_GRANITE.get(parameter)}.")
+    if any(tensor.endswith(together[0]) for tensor in checkpoint.tensors if layer in tensor) or any(
+        part in tensor for tensor in weights for part in together
+    ):
         return True
     # They lie one by one: NUMBER.up_proj.weight
     experts = defaultdict(set)
-    for part in parts:
-        if not _BESIDE_A_WEIGHT.search(part) and part.partition(".")[0].isdigit():
-            number, projection, *_ = part.split(".")
-            experts[projection].add(int(number))
+    for tensor in weights:
+        if one := re.search(r"\.experts\.(\d+)\.(\w+)\.", tensor):
+            experts[one[2]].add(int(one[1]))
     return len(experts) == 3 and all(numbers == set(range(count)) for numbers in experts.values())
 
 

@@ -31,9 +31,16 @@ def weights_digest(config: AttnResConfig, shards: Iterable[Path]) -> str:
         `str`: 64 hexadecimal digits.
     """
     digest = hashlib.sha256(repr([getattr(config, name) for name in ATTN_RES_FIELDS]).encode())
-    files = {name: file for path in shards for file in [safe_open(path, "pt")] for name in file.keys()}
+    # By the names that transformers saves: a base's own may lack `model.`, or hold a tied head twice
+    files = {
+        name.removeprefix("model."): (file, name)
+        for path in shards
+        for file in [safe_open(path, "pt")]
+        for name in file.keys()
+        if not (config.tie_word_embeddings and name == "lm_head.weight")
+    }
     for name in sorted(files):
-        tensor = files[name].get_tensor(name)
+        tensor = files[name][0].get_tensor(files[name][1])
         digest.update(f"{name} {list(tensor.shape)}".encode())
         # A large one is never there in float32 as a whole
         for part in tensor.flatten().split(2**24):

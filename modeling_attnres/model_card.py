@@ -27,6 +27,7 @@ _TASKS = {
     "AutoModelForSequenceClassification": "text-classification",
     "AutoModelForTokenClassification": "token-classification",
 }
+TITLE = "# {} with Attention Residuals"
 _LICENCE = ("license", "license_name", "license_link")
 
 
@@ -53,7 +54,8 @@ def lies_in(folder: str | Path, name: str) -> bool:
 def local_licence(metadata: Mapping[str, Any], folder: str | Path) -> str | None:
     """The file in a folder that the `license_link` of the card there names."""
     link = metadata.get("license_link")
-    if not isinstance(link, str) or PurePath(link).is_absolute() or ".." in PurePath(link).parts:
+    # By any other name it could take the place of something else
+    if not isinstance(link, str) or not re.fullmatch(r"[\w-]*licen[cs]e[\w.-]*", link, re.IGNORECASE):
         return None
     return link if lies_in(folder, link) else None
 
@@ -118,7 +120,7 @@ def model_card(
 {data.to_yaml()}
 ---
 
-# {base} with Attention Residuals
+{TITLE.format(base)}
 
 {linked} with [Attention Residuals](https://arxiv.org/abs/2603.15031) in place of its residual connections: each
 sublayer attends over depth. Sources: {sources}; scale: `{config.attn_res_scale}`.

@@ -3,14 +3,17 @@
 
 import json
 import os
+import re
 import shutil
+import warnings
 from contextlib import suppress
 from functools import wraps
 from math import inf
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+from huggingface_hub.errors import EntryNotFoundError
 from transformers.utils import cached_file
 
 from .configuration_attnres import ATTN_RES_FIELDS, AttnResConfig
@@ -19,6 +22,7 @@ from .model_card import (
     DEPTH_ATTENTION,
     MADE,
     PLACEHOLDER,
+    TITLE,
     VERIFICATION,
     card_metadata,
     carried_licence,
@@ -72,16 +76,36 @@ def _read_source(pretrained_model_name_or_path=None, *args, config=None, **kwarg
     if commit := getattr(config, "_commit_hash", None):
         place["revision"] = commit
     name = str(pretrained_model_name_or_path)
-    folder, config_dict, card = name, {}, ""
-    # From a place like this a model can be loaded all the same
+    folder, config_dict, snapshot = os.path.abspath(name), {}, None
+    # From places where one of the two is not there, a model can be loaded all the same
     with suppress(Exception):
         path = Path(cached_file(name, "config.json", **place))
         folder, config_dict = os.path.abspath(path.parent), json.loads(path.read_text(encoding="utf-8"))
-        if snapshot := hub_snapshot(path):
-            place["revision"] = snapshot[1]
-        path = Path(cached_file(name, "README.md", **place))
-        card = path.read_text(encoding="utf-8") if lies_in(path.parent, path.name) else ""
-    return Source(folder, config_dict, card)
+        snapshot = hub_snapshot(path)
+    subfolder = place.pop("subfolder", "")
+    # On the Hub the card lies at the root; Trainer leaves one in each of its checkpoints
+    for card_folder in [""] if snapshot else dict.fromkeys([subfolder, ""]):
+        with suppress(Exception):
+            return Source(folder, config_dict, _read_card(name, snapshot, subfolder=card_folder, **place))
+    return Source(folder, config_dict, "")
+
+
+def _read_card(name: str, snapshot: tuple[str, str] | None, **place) -> str:
+    if snapshot:
+        place["revision"] = snapshot[1]
+        known = try_to_load_from_cache(name, "README.md", cache_dir=place.get("cache_dir"), revision=snapshot[1])
+        if known is None and not place.get("local_files_only"):
+            # Without a network this ends at once, `cached_file` only after five tries
+            with suppress(EntryNotFoundError):
+                url = hf_hub_url(name, "README.md", revision=snapshot[1])
+                get_hf_file_metadata(url, token=place.get("token"))
+    path = Path(cached_file(name, "README.md", **place))
+    if not lies_in(path.parent, path.name):
+        warnings.warn(
+            f"{path} is a link out of its folder: what it says of base and licence is not taken over.", stacklevel=5
+        )
+        return ""
+    return path.read_text(encoding="utf-8")
 
 
 @wraps(_save_pretrained)
@@ -91,15 +115,15 @@ def save_pretrained(self, save_directory: str, is_main_process: bool = True, *ar
     # What the base is and its licence are known from the card beside the weights that were loaded alone
     if is_main_process and self._source is not None and path.parent.is_dir() and not os.path.lexists(path):
         path.write_text(self.model_card(), encoding="utf-8")
-        licence = _licence_file(self)
-        if licence and not os.path.lexists(path.parent / licence):
-            (path.parent / licence).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(os.path.join(self._source.folder, licence), path.parent / licence)
+        _copy_licence(self, path.parent)
 
 
-def _licence_file(self) -> str | None:
-    """What the card of this model links to, beside the weights that were loaded."""
-    return local_licence(card_metadata(self.model_card()), self._source.folder) if self._source else None
+def _copy_licence(self, folder: Path) -> str | None:
+    """Copies the file that the card of this model links to, from beside the weights that were loaded."""
+    licence = local_licence(card_metadata(self.model_card()), self._source.folder) if self._source else None
+    if licence and not os.path.lexists(folder / licence):
+        shutil.copyfile(os.path.join(self._source.folder, licence), folder / licence)
+    return licence
 
 
 def _upload_modified_files(self, working_dir: str, repo_id: str, files_timestamps: dict[str, float], *args, **kwargs):
@@ -116,10 +140,9 @@ def _upload_modified_files(self, working_dir: str, repo_id: str, files_timestamp
         # Those of the earlier weights would stay there otherwise
         card = with_pictures(card, _pictures(self, Path(working_dir)))
     path.write_text(card, encoding="utf-8")
-    if licence := _licence_file(self):
-        # It goes with a card that links to it, and not over the file of a repository whose own card does not
-        linked = card_metadata(card).get("license_link") == licence
-        files_timestamps = {**files_timestamps, PurePath(licence).parts[0]: -inf if linked else inf}
+    if licence := _copy_licence(self, path.parent):
+        # It goes with the card that links to it: a repository that has a card has a licence of its own
+        files_timestamps = {**files_timestamps, licence: -inf if is_new else inf}
     return super(AttnResPreTrainedModel, self)._upload_modified_files(
         working_dir, repo_id, files_timestamps, *args, **kwargs
     )
@@ -168,6 +191,8 @@ def card_of_model(self, name: str = PLACEHOLDER) -> str:
         licence = carried_licence(metadata, source.folder)
         if source.config["model_type"] == self.config.model_type:
             base_model = metadata.get("base_model")
+            if title := re.search(rf"^{TITLE.format('(.+)')}$", source.card, re.MULTILINE):
+                base_name = title[1]
             # Of a model with another depth attention none of it is true
             if _attn_res_fields(AttnResConfig.from_dict(source.config)) == _attn_res_fields(self.config):
                 made, verification = section(source.card, MADE) or "", section(source.card, VERIFICATION)

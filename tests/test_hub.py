@@ -574,7 +574,7 @@ def test_no_picture_of_other_weights_is_pushed(hub, tmp_path):
             and ("logo.png" in files) == ("about.html" in files) == foreign
         )
         assert "page.html" not in files
-        assert all(f"inspection/{name}" in result.stderr for name in names) == foreign
+        assert all((f"inspection/{name}" in result.stderr) == foreign for name in names)
         assert (
             (f"page.html in {folder} left out" in result.stderr)
             == ("attnres inspect CHECKPOINT --output" in result.stderr)
@@ -695,6 +695,44 @@ def test_the_card_keeps_its_rights_and_is_on_the_disk(mode, tmp_path, monkeypatc
     assert not (output / ".README.md.partial").exists()
 
 
+# What it leaves in the cache is the model without its card
+LOAD_AS_REMOTE_CODE = """
+import sys
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+assert type(model).__module__.startswith("transformers_modules.")
+"""
+LOAD = """
+import sys, time
+from transformers import AutoModelForCausalLM
+import modeling_attnres
+start = time.perf_counter()
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+assert time.perf_counter() - start < 5 and "text-generation" in model.model_card()
+"""
+
+
+def test_without_a_network_nobody_waits_for_a_card(hub, tmp_path):
+    hub.repositories[NAME] = file_bytes(retrofit(save_base(tmp_path / "base"), tmp_path / "attnres"))
+    environment = hub.environment(tmp_path / "cache")
+    # Nobody answers at the other address
+    for script, endpoint in ((LOAD_AS_REMOTE_CODE, environment["HF_ENDPOINT"]), (LOAD, "http://127.0.0.1:9")):
+        process = subprocess.run(
+            [sys.executable, "-c", script, NAME],
+            capture_output=True,
+            text=True,
+            env=environment | {"HF_ENDPOINT": endpoint},
+        )
+        assert process.returncode == 0, process.stderr
+
+
+def test_a_card_at_the_root_is_that_of_a_subfolder(tmp_path):
+    output = retrofit(save_base(tmp_path / "base"), tmp_path / "run" / "checkpoint")
+    (output / "README.md").rename(tmp_path / "run" / "README.md")
+    card = AutoModelForCausalLM.from_pretrained(tmp_path / "run", subfolder="checkpoint").model_card()
+    assert metadata(card)["license"] == "apache-2.0" and "# base with Attention Residuals" in card
+
+
 LINKED = "---\nlicense: other\nlicense_name: own\nlicense_link: LICENSE\n---\n# A base\n"
 
 
@@ -702,7 +740,7 @@ def test_a_linked_licence_comes_along(hub, tmp_path):
     base = save_base(tmp_path / "base")
     (base / "README.md").write_text(LINKED)
     hub.repositories[BASE] = file_bytes(base)
-    own = {"README.md": b"---\nlicense: mit\n---\n# By hand\n", "LICENSE": b"their own"}
+    own = {"README.md": LINKED.replace("own", "theirs").encode(), "LICENSE": b"their own"}
     hub.repositories[f"{USER}/by-hand"] = dict(own)
     # From a folder, the file
     output = retrofit(base, tmp_path / "attnres")
@@ -711,7 +749,13 @@ def test_a_linked_licence_comes_along(hub, tmp_path):
     run(hub, PUSH, tmp_path / "saved", tmp_path / "logits.pt", NAME, f"{USER}/by-hand", cache=tmp_path / "cache")
     assert metadata(hub.repositories[NAME]["README.md"].decode())["license_link"] == "LICENSE"
     assert hub.repositories[NAME]["LICENSE"] == b"the licence"
-    assert hub.repositories[f"{USER}/by-hand"]["LICENSE"] == own["LICENSE"], "the repository's card says another"
+    assert hub.repositories[f"{USER}/by-hand"]["LICENSE"] == own["LICENSE"], "the repository has its own"
+    script = f"{LOAD_AND_PUSH}\nmodel.save_pretrained(names[0], push_to_hub=True, repo_id=names[1])\n"
+    arguments = (tmp_path / "saved", tmp_path / "at-once", f"{USER}/at-once")
+    run(hub, script, *arguments, cache=tmp_path / "cache")
+    for files in (hub.repositories[arguments[-1]], file_bytes(tmp_path / "at-once")):
+        assert metadata(files["README.md"].decode())["license_link"] == "LICENSE"
+        assert files["LICENSE"] == b"the licence"
     # From the Hub, a link to there
     run(hub, CHAIN, BASE, tmp_path / "work", f"{USER}/other", cache=tmp_path / "cache")
     link = f"https://huggingface.co/{BASE}/blob/{hub.sha(BASE)}/LICENSE"
@@ -725,12 +769,15 @@ def test_a_linked_licence_comes_along(hub, tmp_path):
     assert result.returncode == 0 and "is 'LICENSE', a file that is not there" in result.stderr
 
 
-@pytest.mark.parametrize("kind", ["gone", "a path out", "a path out and back", "a link out"])
+@pytest.mark.parametrize("kind", ["gone", "a path out", "a path out and back", "a link out", "hooks"])
 def test_no_file_from_elsewhere_comes_as_the_licence(kind, tmp_path):
     (tmp_path / "secret").write_text("secret")
     output = retrofit(save_base(tmp_path / "base"), tmp_path / "attnres")
     card = (output / "README.md").read_text()
-    link = {"a path out": "../secret", "a path out and back": "../attnres/LICENCE"}.get(kind, "LICENCE")
+    links = {"a path out": "../secret", "a path out and back": "../attnres/LICENCE", "hooks": ".git/hooks/licence"}
+    link = links.get(kind, "LICENCE")
+    (output / ".git" / "hooks").mkdir(parents=True)
+    (output / ".git" / "hooks" / "licence").write_text("secret")
     (output / "README.md").write_text(card.replace("license: apache-2.0", f"license: other\nlicense_link: {link}"))
     if kind == "a link out":
         (output / "LICENCE").symlink_to(tmp_path / "secret")

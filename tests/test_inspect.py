@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import attnres_of, randomise_depth_attention, save_word_tokenizer, tiny_base
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from test_cli import attnres
 from transformers import AutoModelForCausalLM
 
@@ -18,6 +19,7 @@ from attnres_conversion.inspect_checkpoint import labels, tables
 from attnres_conversion.page import write_page
 from attnres_conversion.pictures import write_pictures
 from modeling_attnres import DepthAttention
+from modeling_attnres.inspected import weights_digest
 
 
 WORDS = [f"word{i}" for i in range(99)]
@@ -192,6 +194,14 @@ def test_the_digest_is_of_the_values(folders, inspection, tmp_path):
         save_word_tokenizer(tmp_path / name, WORDS)
         digests[name] = inspect_checkpoint(tmp_path / name, TEXT).digest
     assert digests["bfloat16"] == digests["float32"]
+    # What a base may hold, and transformers saves otherwise
+    config, tensors = model.config, load_file(tmp_path / "field" / "model.safetensors")
+    for field, added in ((True, {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}), (False, {})):
+        config.tie_word_embeddings = field
+        bare = {name.removeprefix("model."): tensor for name, tensor in (tensors | added).items()}
+        save_file(bare, tmp_path / "bare.safetensors")
+        whole = weights_digest(config, [tmp_path / "field" / "model.safetensors"])
+        assert weights_digest(config, [tmp_path / "bare.safetensors"]) == whole
     assert len({*digests.values(), inspection.digest, retrofitted.digest}) == 5
     assert all(re.fullmatch("[0-9a-f]{64}", digest) for digest in digests.values())
 
