@@ -664,20 +664,10 @@ def test_a_broken_model_card_loses_its_licence_and_nothing_else(card, base, tmp_
     assert "# base with Attention Residuals" in (output / "README.md").read_text()
 
 
-@pytest.mark.parametrize(
-    "file, content, message",
-    [
-        ("generation_config.json", "[]", "base cannot be loaded"),
-        ("config.json", {"quantization_config": {"quant_method": "torchao"}}, "base cannot be loaded: 'quant_type'"),
-    ],
-)
-def test_what_transformers_cannot_load_is_not_verified(file, content, message, base, tmp_path):
-    if file == "config.json":
-        spoil_config(base, **content)
-    else:
-        (base / file).write_text(content)
+def test_what_transformers_cannot_load_is_not_verified(base, tmp_path):
+    (base / "generation_config.json").write_text("[]")
     output = retrofit(base, tmp_path / "output")
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match="base cannot be loaded"):
         verify(base, output)
 
 
