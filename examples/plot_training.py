@@ -92,7 +92,7 @@ def draw_sweep(axes: plt.Axes, arms: dict[str, dict], styles: dict) -> None:
         label = f"{arm}: of queries and key norms" if rate == RATES[1] else arm
         axes.plot(places, [least[place] for place in places], label=label, markersize=5, **styles[arm])
     axes.set(xscale="log", xlabel="learning rate", ylabel="final loss")
-    axes.set_xticks(sorted(rates), [f"{rate:g}" for rate in sorted(rates)], rotation=30)
+    axes.set_xticks(sorted(rates), [f"{rate:g}" for rate in sorted(rates)], rotation=60)
     axes.minorticks_off()
 
 
@@ -136,13 +136,14 @@ def main():
     chosen = {arm: arms[arm][setting] for arm, setting in settings.items()}
     styles = {arm: {"color": c, "marker": m} for arm, c, m in zip(arms, cycle(COLOURS), cycle(MARKERS))}
     timed = all("seconds" in point for runs in chosen.values() for run in runs.values() for point in run)
-    figure, panels = plt.subplots(1, 2 + timed, figsize=(4.5 * (2 + timed), 3.8), layout="constrained")
+    figure, panels = plt.subplots(1, 2 + timed, figsize=(4.5 * (2 + timed), 4.5), layout="constrained")
     for axes, x in zip(panels, ["step", "seconds"][: 1 + timed]):
         draw_curves(axes, chosen, x, styles, args.first_step)
     draw_sweep(panels[-1], arms, styles)
     for axes in panels:
         axes.grid(alpha=0.3)
-        axes.legend(fontsize="small")
+        # Below, where it hides no curve
+        axes.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.25), ncols=2)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(args.output, dpi=120)
     print(table(arms, settings))
