@@ -96,7 +96,8 @@ def retrofit(
     config, config_json, tensors = _plan(base, attn_res)
     tokenizer_config, tokenizer_class = _tokenizer_config(base), _tokenizer_class(base)
     model_card = _model_card(base, config, config_json["architectures"][0])
-    ours = {CONFIG, INDEX, "README.md", *(file.name for file in code_files())}
+    code = code_files()
+    ours = {CONFIG, INDEX, "README.md", *(file.name for file in code)}
     if tokenizer_class is not None and tokenizer_config:
         tokenizer_config["tokenizer_class"] = tokenizer_class
         ours.add(TOKENIZER_CONFIG)
@@ -117,7 +118,7 @@ def retrofit(
         write_json(folder / CONFIG, config_json)
         place_files([(base.folder / file, folder / file) for file in others])
         place_files([(base.folder / name, folder / REPLACED / name) for name in replaced])
-        for file in code_files():
+        for file in code:
             (folder / file.name).write_bytes(file.read_bytes())
         (folder / "README.md").write_text(model_card, encoding="utf-8", newline="\n")
         for name in replaced:
@@ -259,13 +260,13 @@ def _holds_packed_experts(checkpoint: Checkpoint, name: str, count: int) -> bool
     """Whether a quantised checkpoint holds this parameter of all of a layer's experts, by whatever names."""
     # Not all families call the module around them alike
     layer, parameter = re.search(r"layers\.\d+\.", name)[0], name.rpartition(".")[2]
-    weights = [tensor for tensor in checkpoint.tensors if layer in tensor and not _BESIDE_A_WEIGHT.search(tensor)]
+    tensors = [tensor for tensor in checkpoint.tensors if layer in tensor]
+    weights = [tensor for tensor in tensors if not _BESIDE_A_WEIGHT.search(tensor)]
+    # All in one, as it is or packed
     together = (f".experts.{parameter}", f".{_GRANITE.get(parameter)}.")
-    if any(tensor.endswith(together[0]) for tensor in checkpoint.tensors if layer in tensor) or any(
-        part in tensor for tensor in weights for part in together
-    ):
+    if any(tensor.endswith(together[0]) for tensor in tensors) or any(p in w for w in weights for p in together):
         return True
-    # They lie one by one: NUMBER.up_proj.weight
+    # One by one: NUMBER.up_proj.weight
     experts = defaultdict(set)
     for tensor in weights:
         if one := re.search(r"\.experts\.(\d+)\.(\w+)\.", tensor):

@@ -15,16 +15,13 @@ _MOST_LABELS = 100_000
 
 def refuse_links_out_of(folder: Path) -> None:
     """Through such a link any file of this machine could come into the output."""
-    root = Path(os.path.realpath(folder))
-    inside = [root]
-    for ancestor in root.parents:
-        if ancestor.name == "snapshots":
-            # The Hub cache links each file of a snapshot to its content
-            inside.append(ancestor.parent / "blobs")
+    from modeling_attnres.model_card import leads_out_of
+
     for path in sorted(folder.rglob("*")):
-        target = Path(os.path.realpath(path))
-        if path.is_symlink() and not any(allowed in target.parents for allowed in inside):
-            raise ValueError(f"{path} is a link out of the folder, to {target}: put the file itself in its place.")
+        if path.is_symlink() and leads_out_of(folder, path):
+            raise ValueError(
+                f"{path} is a link out of the folder, to {os.path.realpath(path)}: put the file itself in its place."
+            )
 
 
 def check_config(config: Any, path: Path) -> None:

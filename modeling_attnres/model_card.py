@@ -43,12 +43,18 @@ def hub_snapshot(path: str | Path) -> tuple[str, str] | None:
     return (found[1].replace("--", "/"), found[2]) if found else None
 
 
-def lies_in(folder: str | Path, name: str) -> bool:
-    """Whether a file is this folder's own, or the Hub cache's: a stranger's link can lead to any of this machine."""
-    root = Path(os.path.realpath(folder))
+def leads_out_of(folder: str | Path, path: str | Path) -> bool:
+    """Whether a path in a folder is a link to elsewhere: a stranger's can lead to any file of this machine."""
+    root, target = Path(os.path.realpath(folder)), Path(os.path.realpath(path))
+    # The Hub cache links each file of a snapshot to its content
     blobs = [ancestor.parent / "blobs" for ancestor in root.parents if ancestor.name == "snapshots"]
-    target = Path(os.path.realpath(root / name))
-    return target.is_file() and any(own in target.parents for own in (root, *blobs))
+    return not any(own in target.parents for own in (root, *blobs))
+
+
+def lies_in(folder: str | Path, name: str) -> bool:
+    """Whether there is a file of that name, and it is this folder's own."""
+    path = os.path.join(folder, name)
+    return os.path.isfile(path) and not leads_out_of(folder, path)
 
 
 def local_licence(metadata: Mapping[str, Any], folder: str | Path) -> str | None:
