@@ -7,12 +7,14 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import warnings
 from pathlib import Path
 
 import pytest
 from test_conversion import file_bytes, save_base, tensor_hashes
+from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
 from attnres_conversion import retrofit, revert, verify
@@ -31,6 +33,8 @@ def start_child(function, *arguments):
     if pid == 0:
         try:
             warnings.simplefilter("ignore")
+            # tqdm's own is shared between forks: who is killed with it would leave everyone else waiting for it
+            tqdm.set_lock(threading.RLock())
             try:
                 answer = repr(function(*arguments))
             except BaseException as error:  # noqa: BLE001  told to the parent
