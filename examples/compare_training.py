@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 from continue_training import adamw
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from text import recent_files, token_blocks
 from transformers import (
@@ -135,6 +135,7 @@ def main():
     parser.add_argument("--block-length", type=int, default=256)
     parser.add_argument("--lora-rank", type=int, default=8)
     parser.add_argument("--bf16", action="store_true", help="autocast")
+    parser.add_argument("--save", type=Path, help="folder for the trained models with AttnRes, for `attnres inspect`")
     args = parser.parse_args()
     if args.optim and args.attn_res_rates:
         parser.error(f"--attn-res-rates with --optim {args.optim}: an optimizer of Trainer's has one rate for all.")
@@ -175,6 +176,11 @@ def main():
                         with args.output.open("a") as file:
                             file.write(json.dumps(row) + "\n")
                         print({**row, "losses": [round(point["loss"], 4) for point in losses]}, flush=True)
+                        if args.save and "attnres" in arm:
+                            trained = args.save / f"{arm}-{rate:g}-{attn_res_rate:g}-seed{seed}"
+                            merged = model.merge_and_unload() if isinstance(model, PeftModel) else model
+                            merged.save_pretrained(trained)
+                            tokenizer.save_pretrained(trained)
 
 
 if __name__ == "__main__":

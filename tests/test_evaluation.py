@@ -28,11 +28,10 @@ def tasks(tmp_path):
         bigbench,
         "parity/dressed",
         **{"task_prefix": "Think.", "example_input_prefix": "\nNumber: ", "example_output_prefix": "\nAnswer: "},
-        append_choices_to_input=False,
     )
     task_file(bigbench, "few", count=29)
     task_file(bigbench, "excluded")
-    task_file(bigbench, "long", task_prefix="x" * 400)
+    task_file(bigbench, "long", task_prefix="x" * 400)  # three times, once for each choice
     run("evaluation/bigbench_tasks.py", bigbench, tmp_path / "tasks", "--exclude", "ex*")
     return tmp_path / "tasks"
 
@@ -46,8 +45,7 @@ def test_bigbench_files_become_tasks(tasks):
     )
     assert len(plain) == len(dressed) == 30
     choices = ["yes", "no", "maybe"]
-    query = "\nQ: Is 0 even?\n  choice: yes\n  choice: no\n  choice: maybe\nA:"
-    assert {"query": query, "choices": choices, "label": 0} in plain
+    assert {"query": "\nQ: Is 0 even?\nA:", "choices": choices, "label": 0} in plain
     assert {"query": "Think.\nNumber: Is 1 even?\nAnswer:", "choices": choices, "label": 1} in dressed
     task = yaml.safe_load((tasks / "bigbench_parity_plain.yaml").read_text())
     assert task["task"] == "bigbench_parity_plain" and task["tag"] == "bigbench"
@@ -66,3 +64,26 @@ def test_a_retrofit_chooses_as_its_base_does(tasks, smollm2_folder, tmp_path):
     assert same < 12
     accuracies = json.loads((tmp_path / "figures.json").read_text())["accuracy"]
     assert accuracies[str(attnres)] == accuracies[str(smollm2_folder)]
+
+
+def test_better_than_chance(tasks):
+    """Chance is what guessing gets, or one answer to all questions."""
+    pytest.importorskip("lm_eval", reason="`pip install lm-eval`")
+    from evaluation.evaluate import better_than_chance, chance
+
+    choices = ["yes", "no", "maybe"]
+
+    def samples(labels, accuracy):
+        return [
+            {
+                **{"target": choices.index(label), "arguments": [("question", f" {choice}") for choice in choices]},
+                **{"resps": [[()]] * 3, "acc": float(number < accuracy * len(labels))},
+            }
+            for number, label in enumerate(labels)
+        ]
+
+    even, uneven = ["yes", "no", "maybe"] * 20, ["yes"] * 45 + ["no"] * 15
+    assert (chance(samples(even, 0)), chance(samples(uneven, 0))) == (pytest.approx(1 / 3), 0.75)
+    # Two standard errors of 60 questions are 0.122 and 0.112
+    assert [better_than_chance(samples(even, accuracy)) for accuracy in (0.45, 0.47)] == [False, True]
+    assert [better_than_chance(samples(uneven, accuracy)) for accuracy in (0.85, 0.87)] == [False, True]

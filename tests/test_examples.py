@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from peft import PeftModel
 from pretrain import build
 from text import token_blocks
@@ -87,12 +88,21 @@ def test_a_base_from_scratch_retrofitted_trained_on_and_generating(real_text, tm
     assert trained.model.output_res.query.abs().max().item() == pytest.approx(5e-4, rel=1e-2)
 
     compared = (*arguments, "--eval-steps", 1, "--eval-blocks", 4, "--rates", 1e-3, "--attn-res-rates", 5e-4)
-    run("compare_training.py", tmp_path / "base", *compared, "--output", tmp_path / "compared.jsonl")
+    compared += ("--save", tmp_path / "models", "--output", tmp_path / "compared.jsonl")
+    run("compare_training.py", tmp_path / "base", *compared)
     rows = [json.loads(line) for line in (tmp_path / "compared.jsonl").read_text().splitlines()]
     assert [row["arm"] for row in rows] == ["base", "attnres", "attnres-only", "lora", "lora-attnres"]
     first, _, last = ([row["losses"][i]["loss"] for row in rows] for i in range(3))
     assert first == pytest.approx([first[0]] * 5, abs=1e-4), "each arm starts as the base"
     assert len({round(loss, 5) for loss in (first[0], *last)}) == 6, "and goes its own way"
+    for arm in ("attnres", "attnres-only", "lora-attnres"):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "models" / f"{arm}-0.001-0.0005-seed0")
+        assert (model.model.output_res.query != 0).any()
+        before, after = (
+            AutoModelForCausalLM.from_pretrained(folder).model.layers[0].mlp.up_proj.weight
+            for folder in (tmp_path / "base", model.name_or_path)
+        )
+        assert torch.equal(before, after) == (arm == "attnres-only")
 
     # Without a rate of their own and from another optimizer, where a step of so small a rate is next to none
     plain = (*arguments, "--eval-steps", 1, "--eval-blocks", 4, "--rates", 1e-6, "--optim", "sgd", "--arms", "attnres")
