@@ -115,6 +115,23 @@ def train(
     ]
 
 
+def settings(args: argparse.Namespace) -> dict:
+    """What two runs must share to be compared; the row says the rest by itself."""
+    itself = {
+        "base",
+        "output",
+        "save",
+        "files",
+        "arms",
+        "rates",
+        "attn_res_rates",
+        "seeds",
+        "block_size",
+        "temperature",
+    }
+    return {name: value for name, value in vars(args).items() if name not in itself and value is not None}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("base", help="folder or Hub id of the base")
@@ -161,6 +178,7 @@ def main():
                         checkpoint = attnres if "attnres" in arm else args.base
                         model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
                         temperature = getattr(model.config, "attn_res_temperature", None)
+                        block_size = getattr(model.config, "attn_res_block_size", None)
                         model = adapted(model, arm, args.lora_rank)
                         rates = {"learning_rate": rate}
                         if "attnres" in arm:
@@ -168,9 +186,8 @@ def main():
                         start = time.perf_counter()
                         losses = train(model, rates, train_blocks, held_out_blocks, args, seed, args.optim)
                         row = {
-                            **{"base": Path(args.base).name, "arm": arm, "type": args.type, "seed": seed, **rates},
-                            **{"block_size": args.block_size, "temperature": temperature, "losses": losses},
-                            **({"optim": args.optim} if args.optim else {}),
+                            **{"base": Path(args.base).name, "arm": arm, "seed": seed, **settings(args), **rates},
+                            **{"block_size": block_size, "temperature": temperature, "losses": losses},
                             "seconds": round(time.perf_counter() - start),
                         }
                         with args.output.open("a") as file:

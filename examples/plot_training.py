@@ -2,8 +2,10 @@
 
     python examples/plot_training.py losses.jsonl --output losses.png
     python examples/plot_training.py losses.jsonl --output losses.png --arms-by arm block_size
+    python examples/plot_training.py losses.jsonl --output losses.png --speed short.jsonl
 
 Each arm is shown at its best: the setting with the least final loss, mean of the seeds that all its settings have.
+`--speed` takes how long a step is from short runs of the same arms, made turn by turn on a quiet machine.
 """
 
 import argparse
@@ -41,6 +43,16 @@ def read(files: list[Path], arms_by: list[str]) -> dict[str, dict[tuple, dict[in
         setting = tuple((name, value) for name, value in row.items() if name not in (*MEASURED, *arms_by))
         arms[arm][setting][row["seed"]] = row["losses"]
     return arms
+
+
+def retimed(arms: dict[str, dict], file: Path) -> None:
+    """Gives each point the seconds that its steps take by the runs in `file`: the median of an arm's."""
+    speeds = defaultdict(list)
+    for row in map(json.loads, file.read_text().splitlines()):
+        speeds[row["arm"]].append(row["losses"][-1]["seconds"] / row["losses"][-1]["step"])
+    for arm, settings in arms.items():
+        for point in (point for runs in settings.values() for run in runs.values() for point in run):
+            point["seconds"] = point["step"] * float(np.median(speeds[arm]))
 
 
 def final(runs: dict[int, list[dict]], seeds) -> float:
@@ -129,9 +141,12 @@ def main():
     parser.add_argument("--output", type=Path, required=True, help="picture to write")
     parser.add_argument("--arms-by", nargs="+", default=["arm"], help="fields that name an arm (default: arm)")
     parser.add_argument("--first-step", type=int, default=0, help="leave the curves' beginning out")
+    parser.add_argument("--speed", type=Path, help="JSON lines of short runs, for the seconds that a step takes")
     args = parser.parse_args()
 
     arms = read(args.files, args.arms_by)
+    if args.speed:
+        retimed(arms, args.speed)
     settings = {arm: best(arm, arms[arm]) for arm in arms}
     chosen = {arm: arms[arm][setting] for arm, setting in settings.items()}
     styles = {arm: {"color": c, "marker": m} for arm, c, m in zip(arms, cycle(COLOURS), cycle(MARKERS))}

@@ -12,7 +12,7 @@ import argparse
 import json
 from pathlib import Path
 
-from compare_training import train
+from compare_training import settings, train
 from text import default_files, token_blocks
 from train_base import llama_config, train_tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, set_seed
@@ -68,7 +68,7 @@ def main():
             for attn_res_rate in [None] if arm == "base" else args.attn_res_rates or [rate]:
                 for seed in args.seeds:
                     model = build(config, arm, seed, **attn_res)
-                    row = {"arm": arm, "seed": seed, "parameters": model.num_parameters(), "steps": args.steps}
+                    row = {"arm": arm, "seed": seed, "parameters": model.num_parameters(), **settings(args)}
                     rates = {"learning_rate": rate}
                     if arm != "base":
                         rates["attn_res_learning_rate"] = attn_res_rate

@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from continue_training import continue_training
+from continue_training import continue_training, training_arguments
 from generate import generate
 from smollm2 import smollm2
 from text import default_files
@@ -53,7 +53,8 @@ def main():
     print(f"The base's answer is {'the same' if answer == base_answer else f'another: {base_answer}'}")
 
     print("\n4. Go on training", flush=True)
-    before, after = continue_training(model, tokenizer, folder / "trained", args.files, steps=args.steps)
+    arguments = training_arguments(folder / "trained", steps=args.steps)
+    before, after = continue_training(model, tokenizer, arguments, args.files)
     print(f"Loss on held-out text: {before:.3f} before, {after:.3f} after")
 
     print("\n5. Load what was trained, and generate", flush=True)

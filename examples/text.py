@@ -15,7 +15,10 @@ def default_files() -> list[str]:
 
 
 def recent_files() -> list[str]:
-    """Text that no model released before 2026 was trained on: those sources of transformers that say they are newer."""
+    """
+    Files that no model released before 2026 was trained on: those sources of transformers that say they are newer. Much
+    in them is not: of 5.24's lines over 30 characters 67 % stand in older files too.
+    """
     sources = sorted(Path(transformers.__file__).parent.rglob("*.py"))
     return [str(file) for file in sources if "Copyright 2026" in file.read_text(encoding="utf-8")[:200]]
 

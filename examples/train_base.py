@@ -9,7 +9,7 @@ attnres retrofit my-base my-attnres
 import argparse
 from pathlib import Path
 
-from continue_training import continue_training
+from continue_training import continue_training, training_arguments
 from text import default_files
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, set_seed
@@ -69,12 +69,9 @@ def main():
     before, after = continue_training(
         model,
         tokenizer,
-        args.output,
+        training_arguments(args.output, steps=args.steps, batch_size=8, save_steps=args.save_steps),
         args.files,
-        steps=args.steps,
         learning_rate=args.learning_rate,
-        batch_size=8,
-        save_steps=args.save_steps,
     )
     print(f"Loss on held-out text: {before:.3f} before, {after:.3f} after. Saved to {args.output}.")
 

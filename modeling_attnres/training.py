@@ -10,8 +10,9 @@ from torch import nn
 # The names of the depth attention modules, which PEFT trains in full as `modules_to_save`
 ATTN_RES_MODULES = ["self_attention_res", "mlp_res", "output_res"]
 
-# By how much a step may move the logits of a depth attention (README, "Training"); ten times that ruins a model
-LARGEST_LOGIT_STEP = 0.1
+# By how much a step may move the logits of a depth attention: 0.4 is best for SmolLM2's queries alone, and 1.3 ruins it
+# (README, "Training")
+LARGEST_LOGIT_STEP = 0.5
 
 
 def attn_res_parameter_groups(
@@ -21,8 +22,8 @@ def attn_res_parameter_groups(
     weight_decay: float = 0.0,
 ) -> list[dict[str, Any]]:
     r"""
-    The parameters of a model as groups for an optimizer: matrices, with weight decay; vectors, without; queries and key
-    norms, at a learning rate of their own and without. Frozen parameters are left out.
+    The parameters of a model as groups for an optimizer: matrices, with weight decay; vectors and biases, without;
+    queries and key norms, at a learning rate of their own and without. Frozen parameters are left out.
 
     Args:
         model (`nn.Module`): an AttnRes model or a base, also with PEFT's adapters or sharded by FSDP2 or ZeRO-3.
@@ -46,8 +47,10 @@ def attn_res_parameter_groups(
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             is_attn_res = not set(ATTN_RES_MODULES).isdisjoint(name.split("."))
-            # What DeepSpeed's ZeRO-3 has cut up is empty here and keeps its shape beside it
-            is_matrix = len(getattr(parameter, "ds_shape", parameter.shape)) > 1
+            # What DeepSpeed's ZeRO-3 has cut up is empty here and keeps its shape beside it. The biases of all experts
+            # are one matrix, and Kimi Linear's `A_log`, a number for each head, has dimensions of one
+            shape = getattr(parameter, "ds_shape", parameter.shape)
+            is_matrix = len(shape) > 1 and not name.endswith(("bias", "A_log"))
             (attn_res if is_attn_res else matrices if is_matrix else vectors).append(parameter)
     if attn_res:
         _warn_of_long_steps(model.config, attn_res_learning_rate)
@@ -64,8 +67,7 @@ def _warn_of_long_steps(config, learning_rate: float) -> None:
     if logit_step > LARGEST_LOGIT_STEP:
         warnings.warn(
             f"`attn_res_learning_rate` is {learning_rate:g}: with Adam, a step moves the logits of the depth attention "
-            f"by up to {logit_step:.2g}. Above {LARGEST_LOGIT_STEP} a pretrained model may be ruined: take "
-            f"{learning_rate * LARGEST_LOGIT_STEP / logit_step:.2g} or less, or retrofit with a greater "
-            "`attn_res_temperature`.",
+            f"by up to {logit_step:.2g}. Steps above {LARGEST_LOGIT_STEP} can ruin a pretrained model: take "
+            f"{learning_rate * LARGEST_LOGIT_STEP / logit_step:.2g} or less, or a greater `attn_res_temperature`.",
             stacklevel=3,
         )

@@ -44,9 +44,9 @@ def torchrun(mode, checkpoint, output):
     run("torch.distributed.run", "--standalone", "--nproc-per-node", 2, SCRIPT, mode, checkpoint, output)
 
 
-def accelerate_launch(config, *command):
-    """With the files that users start from."""
-    options = ("--num_processes", 2, "--mixed_precision", "no", "--main_process_port", 0)
+def accelerate_launch(config, *command, precision="no"):
+    """With the files that users start from. They say bfloat16, which is too coarse to compare runs in."""
+    options = ("--num_processes", 2, "--mixed_precision", precision, "--main_process_port", 0)
     return run("accelerate.commands.launch", "--config_file", LAUNCH / config, *options, *command)
 
 
@@ -106,7 +106,7 @@ def test_zero3(checkpoint, one_process, tmp_path):
 
 @pytest.mark.parametrize("config", ["ddp.yaml", "fsdp2.yaml", "zero3.yaml"])
 def test_the_example_on_several_devices(config, real_text, tmp_path):
-    """It evaluates before it trains, and leaves a model that loads as any other."""
+    """In the file's own precision. It evaluates before it trains, and leaves a model that loads as any other."""
     if config == "zero3.yaml":
         pytest.importorskip("deepspeed")
     tokenizer = train_tokenizer([__file__], vocab_size=300)
@@ -116,13 +116,14 @@ def test_the_example_on_several_devices(config, real_text, tmp_path):
     (tmp_path / "text.txt").write_text(real_text)
     arguments = ("--files", tmp_path / "text.txt", "--steps", 2, "--learning-rate", 1e-2, "--block-length", 32)
     example = LAUNCH.with_name("continue_training.py")
-    output = accelerate_launch(config, SCRIPT, example, tmp_path / "attnres", tmp_path / "trained", *arguments)
+    command = (SCRIPT, example, tmp_path / "attnres", tmp_path / "trained", *arguments)
+    output = accelerate_launch(config, *command, precision="bf16")
     _, held_out = token_blocks([tmp_path / "text.txt"], tokenizer, 32)
     tokens = held_out[:16]["input_ids"]
     with torch.no_grad():
         expected = [m(tokens, labels=tokens).loss.item() for m in (model, load(str(tmp_path / "trained")))]
     actual = [float(word) for word in output.split("held-out text: ")[1].split()[:3:2]]
-    assert actual == pytest.approx(expected, abs=1e-3) and actual[1] < actual[0] - 0.1
+    assert actual == pytest.approx(expected, abs=2e-2) and actual[1] < actual[0] - 0.1
 
 
 def test_tensor_parallel(checkpoint, tmp_path):

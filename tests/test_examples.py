@@ -1,7 +1,6 @@
 """The examples run as a user runs them, with little to do."""
 
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import attnres_of, randomise_depth_attention, tiny_base
 from peft import PeftModel
 from pretrain import build
 from text import token_blocks
@@ -118,6 +118,8 @@ def test_a_base_from_scratch_retrofitted_trained_on_and_generating(real_text, tm
         adapted = PeftModel.from_pretrained(
             AutoModelForCausalLM.from_pretrained(tmp_path / "attnres"), tmp_path / "adapter"
         )
+        projections = [part for name, part in adapted.named_parameters() if "q_proj.lora_B" in name]
+        assert len(projections) == (0 if trained else 3) and all((part != 0).any() for part in projections)
         assert (adapted.merge_and_unload().model.output_res.query != 0).any()
 
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "trained")
@@ -138,13 +140,17 @@ def test_from_scratch_and_with_tensorboard(real_text, tmp_path):
     events = b"".join(path.read_bytes() for path in (tmp_path / "trained" / "runs").rglob("events.out.tfevents.*"))
     assert b"train/loss" in events and b"train/depth_attention_entropy/layer_1_MLP" in events
 
-    # As if it had been killed at step 3
+    # As if it had been killed while it wrote the last checkpoint
     weights = (tmp_path / "trained" / "model.safetensors").read_bytes()
-    shutil.rmtree(tmp_path / "trained" / "checkpoint-4")
+    (tmp_path / "trained" / "checkpoint-4" / "trainer_state.json").unlink()
+    (tmp_path / "trained" / "checkpoint-4" / "optimizer.pt").unlink()
     (tmp_path / "trained" / "model.safetensors").unlink()
     output = run("continue_training.py", tmp_path / "scratch", tmp_path / "trained", *arguments, "--resume")
     assert output.splitlines()[-1] == result
     assert (tmp_path / "trained" / "model.safetensors").read_bytes() == weights
+    # And before it wrote the first
+    output = run("continue_training.py", tmp_path / "scratch", tmp_path / "anew", *arguments, "--resume")
+    assert output.splitlines()[-1].split(" Saved")[0] == result.split(" Saved")[0]
 
 
 def test_pretrain(real_text, tmp_path):
@@ -173,7 +179,7 @@ def test_pretrain(real_text, tmp_path):
 
 
 def test_each_arm_at_its_best_setting(tmp_path):
-    from plot_training import best, read, table
+    from plot_training import best, read, retimed, table
 
     def row(arm, seed, rate, final, seconds, **fields):
         losses = [{"step": 0, "loss": 4.0, "seconds": 0.0}, {"step": 9, "loss": final, "seconds": seconds}]
@@ -194,6 +200,13 @@ def test_each_arm_at_its_best_setting(tmp_path):
         "| attnres | learning_rate 0.001, attn_res_learning_rate 0.0001, block_size 1 | 2.3000 (2.0000 to 2.6000) | "
         "-0.8000 (-1.0000 to -0.6000) | 0.0500 (0.0000 to 0.1000) |",
     ]
+    # By the short runs a step of AttnRes takes 1.2 of the base's: 7.5 steps of 9 in the base's time
+    speeds = [("base", 5.0), ("base", 1.0), ("base", 1.0), ("attnres", 1.2)]
+    rows = [{"arm": arm, "losses": [{"step": 4, "seconds": 4 * speed}]} for arm, speed in speeds]
+    (tmp_path / "short.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    retimed(arms, tmp_path / "short.jsonl")
+    line = table(arms, {arm: best(arm, arms[arm]) for arm in arms}).splitlines()[-1]
+    assert line.endswith("| -0.5167 (-0.6667 to -0.3667) |")
     assert list(read([tmp_path / "losses.jsonl"], ["arm", "block_size"])) == ["base", "attnres 1", "attnres 2"]
     del arms["attnres"][best("attnres", arms["attnres"])][0]
     with pytest.raises(ValueError, match="settings of arm 'attnres' have no seed in common"):
@@ -223,6 +236,26 @@ def test_the_noise_of_a_gradient():
         signal = gradients.mean(0).square().sum() - variance / len(inputs)
         assert scales[group] == pytest.approx((signal.sqrt().item(), (10 * variance / signal).item()), rel=1e-4)
     assert scales["mlp_res, keys"] == (0.0, float("inf"))
+
+
+def test_which_queries():
+    """Without any, a model with queries is its base."""
+    from which_queries import loss_with
+
+    base = tiny_base("llama")
+    model = randomise_depth_attention(attnres_of(base))
+    rows = torch.randint(1, 99, (3, 12), generator=torch.Generator().manual_seed(0))
+    names = {name.removesuffix(".query") for name, _ in model.named_parameters() if name.endswith(".query")}
+    with torch.no_grad():
+        expected = [m(rows, labels=rows).loss.item() for m in (base, model)]
+    attention = {name for name in names if name.endswith("self_attention_res")}
+    losses = [loss_with(kept, model, rows) for kept in (set(), attention, names)]
+    assert losses[::2] == pytest.approx(expected, abs=1e-5)
+    assert min(abs(losses[1] - losses[0]), abs(losses[1] - losses[2])) > 1e-3
+    model.model.output_res.query.data.zero_()
+    for name in names - attention:
+        model.get_submodule(name).query.data.zero_()
+    assert losses[1] == pytest.approx(model(rows, labels=rows).loss.item(), abs=1e-5)
 
 
 def test_benchmark(tmp_path):

@@ -1,5 +1,6 @@
 """What transformers serves and runs by itself: `transformers serve` and `chat`, pipelines, assisted generation."""
 
+import json
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import torch
 from conftest import randomise_depth_attention
 from server import chat, served
 from test_examples import EXAMPLES
+from test_remote_code import run_isolated
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from attnres_conversion import retrofit
@@ -85,14 +87,21 @@ def test_transformers_serve_and_chat(trained_folder, expected, tmp_path):
         assert expected[QUESTIONS[0]].split("\n")[0].strip() in session.stdout, session.stdout + session.stderr
 
 
-def test_pipeline(trained_folder, expected):
-    from transformers import pipeline
+PIPELINE = """
+import json
+generator = pipeline("text-generation", folder, trust_remote_code=True, dtype=torch.float32)
+assert "transformers_modules" in type(generator.model).__module__
+for question in json.loads(open(work + "/questions.json").read()):
+    messages = [{"role": "user", "content": question}]
+    print(json.dumps(generator(messages, max_new_tokens=16, do_sample=False)[0]["generated_text"][-1]))
+"""
 
-    generator = pipeline("text-generation", str(trained_folder), trust_remote_code=True, dtype=torch.float32)
-    for question, text in expected.items():
-        messages = [{"role": "user", "content": question}]
-        answer = generator(messages, max_new_tokens=MAX_TOKENS, do_sample=False)[0]["generated_text"][-1]
-        assert answer == {"role": "assistant", "content": text}
+
+def test_pipeline(trained_folder, expected, tmp_path):
+    """By the code that travels with the checkpoint: the package cannot be imported."""
+    (tmp_path / "questions.json").write_text(json.dumps(QUESTIONS))
+    answers = map(json.loads, run_isolated(PIPELINE, trained_folder, tmp_path).splitlines())
+    assert list(answers) == [{"role": "assistant", "content": expected[question]} for question in QUESTIONS]
 
 
 @pytest.mark.parametrize("retrofit_is", ["target", "draft"])

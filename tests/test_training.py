@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from conftest import attnres_of, tiny_base
+from conftest import FAMILIES, attnres_of, tiny_base
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from attnres_conversion import retrofit
@@ -56,6 +56,20 @@ def test_parameter_groups_hold_each_trained_parameter_once():
     assert group["params"] == [model.model.output_res.query, model.model.output_res.key_norm] and group["lr"] == 1e-3
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_trainer_does_not_decay_is_not_decayed(family, tmp_path):
+    """Trainer knows norms by their classes and names; beside them are vectors that it knows by nothing."""
+    model = attnres_of(tiny_base(family))
+    groups = attn_res_parameter_groups(model, 1e-3, weight_decay=0.1)
+    ours = {id(parameter) for group in groups if group["weight_decay"] for parameter in group["params"]}
+    decayed = {name for name, parameter in model.named_parameters() if id(parameter) in ours}
+    trainer_s = set(Trainer(model, arguments(tmp_path)).get_decay_parameter_names(model))
+    trainer_s &= dict(model.named_parameters()).keys()  # not tied ones again
+    assert decayed <= trainer_s
+    vectors = ("_res.query", "A_log", "sinks", "lightning_attn")
+    assert {name for name in trainer_s - decayed if not name.endswith(vectors)} == set()
+
+
 def test_parameter_groups_by_trainer_s_hook(data, tmp_path):
     """The first step of Adam is as long as the rate, whatever the gradient."""
     model = attnres_of(tiny_base("llama"))
@@ -70,7 +84,7 @@ def test_parameter_groups_by_trainer_s_hook(data, tmp_path):
 
 
 @pytest.mark.parametrize("width", [32, 64, 256])
-def test_a_usual_rate_is_right_at_every_width(width, data, tmp_path):
+def test_a_step_is_as_long_at_every_width(width, data, tmp_path):
     """A retrofit, Trainer's own optimizer, a LoRA's rate: a step moves a logit by no more than 128 times the rate."""
     tiny_base("llama", hidden_size=width).save_pretrained(tmp_path / "base")
     model = AutoModelForCausalLM.from_pretrained(retrofit(tmp_path / "base", tmp_path / "attnres"))
@@ -83,11 +97,11 @@ def test_a_usual_rate_is_right_at_every_width(width, data, tmp_path):
 
 def test_a_rate_far_outside_is_warned_of():
     model = attnres_of(tiny_base("llama"), attn_res_temperature=0.5)
-    with pytest.warns(UserWarning, match="`attn_res_learning_rate` is 0.005.*up to 0.32.*0.0016 or less"):
-        attn_res_parameter_groups(model, 5e-5, 5e-3)
+    with pytest.warns(UserWarning, match="`attn_res_learning_rate` is 0.01.*up to 0.64.*0.0078 or less"):
+        attn_res_parameter_groups(model, 5e-5, 1e-2)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        attn_res_parameter_groups(model, 5e-5, 1e-3)
+        attn_res_parameter_groups(model, 5e-5, 5e-3)
 
 
 class KillAt(TrainerCallback):

@@ -1,7 +1,9 @@
 """TRL's trainers as their users call them: AttnRes starts from the base's loss, and its queries train."""
 
+from math import log
+
 import pytest
-from conftest import tiny_base
+from conftest import randomise_depth_attention, tiny_base
 from datasets import Dataset
 from peft import LoraConfig
 from train_base import train_tokenizer
@@ -23,7 +25,9 @@ def models(tokenizer, tmp_path):
     base = tiny_base("llama", vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id)
     base.save_pretrained(tmp_path / "base")
     retrofit(tmp_path / "base", tmp_path / "attnres")
-    return {name: AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("base", "attnres")}
+    trained = randomise_depth_attention(AutoModelForCausalLM.from_pretrained(tmp_path / "attnres"))
+    trained.save_pretrained(tmp_path / "trained")
+    return {name: AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("base", "attnres", "trained")}
 
 
 def arguments(config_class, folder):
@@ -42,33 +46,33 @@ def arguments(config_class, folder):
     )
 
 
-def losses_and_queries(trainer):
+def first_log_and_queries(trainer):
     trainer.train()
     queries = [p for name, p in trainer.model.named_parameters() if name.endswith("query") and p.requires_grad]
-    return [row["loss"] for row in trainer.state.log_history if "loss" in row], queries
+    return trainer.state.log_history[0], queries
 
 
 each_way = pytest.mark.parametrize("adapter", [False, True], ids=["in full", "LoRA"])
 
 
 def lora(name):
-    return LoraConfig(target_modules="all-linear", modules_to_save=ATTN_RES_MODULES if name == "attnres" else None)
+    return LoraConfig(target_modules="all-linear", modules_to_save=None if name == "base" else ATTN_RES_MODULES)
 
 
 @each_way
 def test_sft(adapter, models, tokenizer, tmp_path):
     texts = Dataset.from_dict({"text": [f"{a} and {a + 1} make {2 * a + 1}" for a in range(8)]})
-    losses = {}
-    for name, model in models.items():
+    logs = {}
+    for name in ("base", "attnres"):
         trainer = SFTTrainer(
-            model,
+            models[name],
             arguments(SFTConfig, tmp_path / "output"),
             train_dataset=texts,
             processing_class=tokenizer,
             peft_config=lora(name) if adapter else None,
         )
-        losses[name], queries = losses_and_queries(trainer)
-    assert losses["attnres"][0] == pytest.approx(losses["base"][0], abs=1e-4)
+        logs[name], queries = first_log_and_queries(trainer)
+    assert logs["attnres"]["loss"] == pytest.approx(logs["base"]["loss"], abs=1e-4)
     assert len(queries) == 10 and all((query != 0).any() for query in queries)
 
 
@@ -81,7 +85,7 @@ def test_dpo(adapter, models, tokenizer, tmp_path):
             "rejected": [" nothing"] * 8,
         }
     )
-    losses = {}
+    logs = {}
     for name, model in models.items():
         args = arguments(DPOConfig, tmp_path / "output")
         trainer = DPOTrainer(
@@ -91,7 +95,9 @@ def test_dpo(adapter, models, tokenizer, tmp_path):
             processing_class=tokenizer,
             peft_config=lora(name) if adapter else None,
         )
-        losses[name], queries = losses_and_queries(trainer)
-    # The policy is the reference at first: ln 2
-    assert losses["attnres"][0] == pytest.approx(losses["base"][0], abs=1e-4) == pytest.approx(0.6931, abs=1e-3)
+        logs[name], queries = first_log_and_queries(trainer)
+        # The policy is the reference at first, queries and all
+        assert logs[name]["loss"] == pytest.approx(log(2), abs=1e-4)
+    base, attnres, trained = (logs[name]["logps/chosen"] for name in models)
+    assert attnres == pytest.approx(base, abs=1e-3) and abs(trained - base) > 0.1
     assert len(queries) == 10 and all((query != 0).any() for query in queries)

@@ -66,6 +66,7 @@ def test_vllm_generates_what_generate_does(mode, trained_folder, prompts, expect
         [job(trained_folder, prompts, MAX_TOKENS, **options, enable_prefix_caching=True, **MODES[mode])], tmp_path
     )
     assert "error" not in result, log[-8000:]
+    assert any(tmp_path.rglob("*.so")) == (mode == "compiled"), "what torch's compiler leaves behind"
     assert result["tokens"] == [expected, expected]
     # All whole blocks of 32 but the one that holds a prompt's last token
     assert result["cached"] == sum((length - 1) // 32 * 32 for length in LENGTHS)

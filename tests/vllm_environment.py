@@ -14,7 +14,8 @@ FOREIGN = ("PYTHONPATH", "OMP_NUM_THREADS", "TRANSFORMERS_VERBOSITY")
 
 def environment(work: Path) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if name not in FOREIGN}
-    return {**kept, "HF_HOME": str(work / "hf"), "VLLM_CACHE_ROOT": str(work / "vllm"), "VLLM_CPU_KVCACHE_SPACE": "1"}
+    caches = {"HF_HOME": "hf", "VLLM_CACHE_ROOT": "vllm", "TORCHINDUCTOR_CACHE_DIR": "inductor"}
+    return {**kept, **{name: str(work / folder) for name, folder in caches.items()}, "VLLM_CPU_KVCACHE_SPACE": "1"}
 
 
 def run_jobs(jobs: list[dict], work: Path, timeout: int = 600, **variables: str) -> tuple[list[dict], str]:

@@ -27,8 +27,8 @@ YARDSTICK = Path(__file__).with_name("yardstick.txt")
 
 
 def evaluate(checkpoint: str, tasks: list[str], include: str | None, limit: int | None, batch_size: str) -> dict:
-    """lm-eval's results, with each question's answers under `samples`."""
-    return lm_eval.simple_evaluate(
+    """The questions of each task, with what was answered. Of a task with several filters (GSM8K) those of the last."""
+    samples = lm_eval.simple_evaluate(
         model="hf",
         model_args={"pretrained": checkpoint, "trust_remote_code": True, "dtype": "float32"},
         tasks=tasks,
@@ -37,7 +37,8 @@ def evaluate(checkpoint: str, tasks: list[str], include: str | None, limit: int 
         batch_size=batch_size,
         device="cuda" if torch.cuda.is_available() else "cpu",
         bootstrap_iters=0,
-    )
+    )["samples"]
+    return {task: [row for row in rows if row["filter"] == rows[-1]["filter"]] for task, rows in samples.items()}
 
 
 def choice(sample: dict):
@@ -53,12 +54,18 @@ def accuracy(samples: list[dict]) -> float:
     return sum(sample[metric] for sample in samples) / len(samples)
 
 
+def right_answer(sample: dict) -> str:
+    """Its text; lm-eval's tasks give that or the number of the choice."""
+    target = sample["target"]
+    return sample["arguments"][target][1].strip() if isinstance(target, int) else str(target)
+
+
 def chance(samples: list[dict]) -> float:
     """What whoever does not read the questions gets: by guessing or, if it is better, by one answer to all."""
     if len(samples[0]["resps"]) == 1:
         return 0.0
     guess = sum(1 / len(sample["resps"]) for sample in samples)
-    answers = Counter(sample["arguments"][sample["target"]][1] for sample in samples)
+    answers = Counter(map(right_answer, samples))
     return max(guess, *answers.values()) / len(samples)
 
 
@@ -81,7 +88,7 @@ def main():
     tasks = args.tasks or YARDSTICK.read_text().split()
     samples = {}
     for checkpoint in args.checkpoints:
-        samples[checkpoint] = evaluate(checkpoint, tasks, args.include, args.limit, args.batch_size)["samples"]
+        samples[checkpoint] = evaluate(checkpoint, tasks, args.include, args.limit, args.batch_size)
     first, *others = args.checkpoints
 
     print(platform.machine(), f"torch {torch.__version__}, transformers {transformers.__version__}", sep=", ", end=", ")

@@ -11,7 +11,6 @@ import platform
 import random
 import statistics
 import time
-from pathlib import Path
 
 from vllm_generate import engine, generate
 
@@ -28,7 +27,7 @@ def main():
     parser.add_argument("--eager", action="store_true", help="do not compile")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--prefill", nargs=2, type=int, default=[4, 512], help="prompts and tokens of each")
-    parser.add_argument("--decode", nargs=2, type=int, default=[8, 64], help="prompts and tokens made for each")
+    parser.add_argument("--decode", nargs=2, type=int, default=[8, 32], help="prompts and tokens made for each")
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
 
@@ -37,7 +36,7 @@ def main():
     import vllm
 
     engines = {
-        Path(checkpoint).name: engine(
+        checkpoint: engine(
             checkpoint, dtype=args.dtype, enforce_eager=args.eager, enable_prefix_caching=False, max_model_len=1024
         )
         for checkpoint in args.checkpoints
