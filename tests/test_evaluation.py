@@ -62,28 +62,37 @@ def test_a_retrofit_chooses_as_its_base_does(tasks, smollm2_folder, tmp_path):
     assert f"{attnres} chooses as {smollm2_folder} does on 12 of 12 questions." in output
     same = int(output.split(f"{tmp_path / 'trained'} chooses as {smollm2_folder} does on ")[1].split()[0])
     assert same < 12
-    accuracies = json.loads((tmp_path / "figures.json").read_text())["accuracy"]
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert figures["chooses_as_the_first"] == {str(attnres): [12, 12], str(tmp_path / "trained"): [same, 12]}
+    accuracies = figures["accuracy"]
     assert accuracies[str(attnres)] == accuracies[str(smollm2_folder)]
 
 
 def test_better_than_chance(tasks):
-    """Chance is what guessing gets, or one answer to all questions."""
+    """Chance is what guessing gets, or one answer to all questions, or a rule by the answers' lengths alone."""
     pytest.importorskip("lm_eval", reason="`pip install lm-eval`")
     from evaluation.evaluate import better_than_chance, chance
 
-    choices = ["yes", "no", "maybe"]
-
-    def samples(labels, accuracy):
+    def samples(rows, accuracy=0.0):
+        """Of rows of choices, the right one first; named by its number and by its text, as lm-eval's tasks do."""
         return [
             {
-                **{"target": choices.index(label), "arguments": [("question", f" {choice}") for choice in choices]},
-                **{"resps": [[()]] * 3, "acc": float(number < accuracy * len(labels))},
+                **{"target": 0 if number % 2 else choices[0], "resps": [[()]] * len(choices)},
+                **{"arguments": [("question", f" {choice}") for choice in choices]},
+                "acc_norm": float(number < accuracy * len(rows)),
             }
-            for number, label in enumerate(labels)
+            for number, choices in enumerate(rows)
         ]
 
-    even, uneven = ["yes", "no", "maybe"] * 20, ["yes"] * 45 + ["no"] * 15
-    assert (chance(samples(even, 0)), chance(samples(uneven, 0))) == (pytest.approx(1 / 3), 0.75)
+    even = [("aye", "nay", "may"), ("nay", "may", "aye"), ("may", "aye", "nay")] * 20
+    uneven = [("aye", "nay", "may")] * 45 + [("nay", "aye", "may")] * 15
+    assert (chance(samples(even)), chance(samples(uneven))) == (pytest.approx(1 / 3), 0.75)
+    for longest in range(3):
+        sizes = [5, 3, 3, 1][longest:] + [5, 3, 3, 1][:longest]
+        rows = [tuple(chr(97 + number % 26) * size for size in sizes) for number in range(60)]
+        # First the longest, then one of the two in the middle
+        assert chance(samples(rows)) == (1.0 if longest == 0 else 0.5)
+    assert chance(samples([(chr(97 + number % 26), "four", "four") for number in range(60)])) == 1.0
     # Two standard errors of 60 questions are 0.122 and 0.112
     assert [better_than_chance(samples(even, accuracy)) for accuracy in (0.45, 0.47)] == [False, True]
     assert [better_than_chance(samples(uneven, accuracy)) for accuracy in (0.85, 0.87)] == [False, True]

@@ -6,7 +6,7 @@ from conftest import tiny_base
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from safetensors.torch import load_file, save_file
 from test_conversion import new_shard, tensor_hashes
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TorchAoConfig
 
 from attnres_conversion import retrofit, revert, verify
 from modeling_attnres import ATTN_RES_MODULES
@@ -58,6 +58,26 @@ def test_a_retrofit_of_a_quantised_base(name, tmp_path):
     save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(ValueError, match="holds no tensor 'model.layers.1.mlp.up_proj.weight'"):
         retrofit(tmp_path / "base", tmp_path / "incomplete")
+
+
+@pytest.mark.parametrize("name", QUANTISERS)
+def test_a_retrofit_of_smollm2_quantised(name, smollm2_folder, real_text, tmp_path):
+    """It answers as its quantised base does, and that is not the base as it was."""
+    package, config = QUANTISERS[name]
+    pytest.importorskip(package)
+    whole = AutoModelForCausalLM.from_pretrained(smollm2_folder, dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(smollm2_folder, quantization_config=config(), dtype=torch.float32)
+    base.save_pretrained(tmp_path / "base")
+    output = retrofit(tmp_path / "base", tmp_path / "attnres")
+    base, model = (AutoModelForCausalLM.from_pretrained(folder) for folder in (tmp_path / "base", output))
+    assert type(model.model.layers[29].mlp.up_proj) is type(base.model.layers[29].mlp.up_proj)
+    tokens = AutoTokenizer.from_pretrained(smollm2_folder)(real_text, return_tensors="pt").input_ids[:, :24]
+    with torch.no_grad():
+        expected, actual, unquantised = (m(tokens).logits for m in (base, model, whole))
+    largest = expected.abs().max()
+    assert (actual - expected).abs().max() < 1e-5 * largest and (actual - unquantised).abs().max() > 1e-3 * largest
+    options = {"max_new_tokens": 8, "do_sample": False}
+    assert torch.equal(model.generate(tokens, **options), base.generate(tokens, **options))
 
 
 @pytest.mark.parametrize("order", ["quantised, then retrofitted", "retrofitted, then quantised"])

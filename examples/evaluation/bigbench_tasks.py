@@ -84,7 +84,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path, help="the source package, or a folder with task.json files")
     parser.add_argument("output", type=Path, help="folder to write the tasks to")
-    parser.add_argument("--questions", type=int, default=40, help="of a task, at most; one with fewer than 30 has none")
+    parser.add_argument(
+        "--questions", type=int, default=160, help="of a task, at most; one with fewer than 30 has none"
+    )
     parser.add_argument("--max-choices", type=int, default=10)
     parser.add_argument(
         "--max-characters", type=int, default=1000, help="of a question with each choice, median of its task"

@@ -14,6 +14,7 @@ import argparse
 import json
 import math
 import platform
+import statistics
 from collections import Counter
 from pathlib import Path
 
@@ -42,31 +43,39 @@ def evaluate(checkpoint: str, tasks: list[str], include: str | None, limit: int 
 
 
 def choice(sample: dict):
-    """What was chosen: the most likely choice's number or, where text is generated, that text."""
+    """What was chosen: the number of the choice that is likeliest by the letter, or the text that was generated."""
     answers = sample["filtered_resps"]
     if len(answers) == 1:
         return answers[0]
-    return max(range(len(answers)), key=lambda number: answers[number][0])
+    lengths = [len(answer.strip()) for _, answer in sample["arguments"]]
+    return max(range(len(answers)), key=lambda number: answers[number][0] / lengths[number])
 
 
 def accuracy(samples: list[dict]) -> float:
-    metric = next(name for name in ("acc", "exact_match") if name in samples[0])
+    """By the letter, where the task has that: of answers of any length, the shortest is nearly always the likeliest."""
+    metric = next(name for name in ("acc_norm", "acc", "exact_match") if name in samples[0])
     return sum(sample[metric] for sample in samples) / len(samples)
 
 
-def right_answer(sample: dict) -> str:
-    """Its text; lm-eval's tasks give that or the number of the choice."""
-    target = sample["target"]
-    return sample["arguments"][target][1].strip() if isinstance(target, int) else str(target)
-
-
 def chance(samples: list[dict]) -> float:
-    """What whoever does not read the questions gets: by guessing or, if it is better, by one answer to all."""
+    """
+    What whoever does not read the questions gets, by the best of these: guessing; one answer to all of them; of each
+    the shortest answer, the longest, or one of middling length.
+    """
     if len(samples[0]["resps"]) == 1:
         return 0.0
-    guess = sum(1 / len(sample["resps"]) for sample in samples)
-    answers = Counter(map(right_answer, samples))
-    return max(guess, *answers.values()) / len(samples)
+    right_answers, by_rule = Counter(), [0.0] * 4
+    for sample in samples:
+        answers = [answer.strip() for _, answer in sample["arguments"]]
+        # lm-eval's tasks give the right answer's number or its text
+        target = sample["target"]
+        right = answers[target] if isinstance(target, int) else target
+        right_answers[right] += 1
+        lengths = [len(answer) for answer in answers]
+        for rule, length in enumerate((min(lengths), max(lengths), statistics.median_low(lengths))):
+            by_rule[rule] += (len(right) == length) / lengths.count(length)
+        by_rule[-1] += 1 / len(answers)
+    return max(*by_rule, *right_answers.values()) / len(samples)
 
 
 def better_than_chance(samples: list[dict]) -> bool:
@@ -101,6 +110,7 @@ def main():
 
     good = [task for task, answers in sorted(samples[first].items()) if better_than_chance(answers)]
     print(f"\n{first} is better than chance, by two standard errors, at {len(good)} of {len(samples[first])} tasks.")
+    agreement = {}
     for other in others:
         pairs = [
             (choice(a), choice(b))
@@ -108,13 +118,15 @@ def main():
             for a, b in zip(answers, samples[other][task])
         ]
         same = sum(a == b for a, b in pairs)
+        agreement[other] = [same, len(pairs)]
         print(f"{other} chooses as {first} does on {same} of {len(pairs)} questions.")
     if args.output:
         accuracies = {
             checkpoint: {task: accuracy(answers) for task, answers in own.items()}
             for checkpoint, own in samples.items()
         }
-        args.output.write_text(json.dumps({"accuracy": accuracies, "better_than_chance": good}, indent=1))
+        figures = {"accuracy": accuracies, "better_than_chance": good, "chooses_as_the_first": agreement}
+        args.output.write_text(json.dumps(figures, indent=1))
 
 
 if __name__ == "__main__":
