@@ -4,7 +4,7 @@
     python examples/plot_training.py losses.jsonl --output losses.png --arms-by arm block_size
     python examples/plot_training.py losses.jsonl --output losses.png --speed short.jsonl
 
-Each arm is shown at its best: the setting with the least final loss, mean of the seeds that all its settings have.
+Each arm is shown at its best: the setting with the least mean of final losses, of those with the most seeds.
 `--speed` takes how long a step is from short runs of the same arms, made turn by turn on a quiet machine.
 """
 
@@ -67,8 +67,11 @@ def common_seeds(arm: str, settings: dict[tuple, dict]) -> set[int]:
 
 
 def best(arm: str, settings: dict[tuple, dict]) -> tuple:
-    seeds = common_seeds(arm, settings)
-    losses = {setting: final(runs, seeds) for setting, runs in settings.items()}
+    """A sweep has one seed or two; who is best is decided among the settings that were then run with the most."""
+    most = max(map(len, settings.values()))
+    finalists = {setting: runs for setting, runs in settings.items() if len(runs) == most}
+    seeds = common_seeds(arm, finalists)
+    losses = {setting: final(runs, seeds) for setting, runs in finalists.items()}
     # A run that diverged ended in no number
     return min(losses, key=lambda setting: np.nan_to_num(losses[setting], nan=np.inf))
 
