@@ -18,7 +18,7 @@ def environment(work: Path) -> dict[str, str]:
     return {**kept, **{name: str(work / folder) for name, folder in caches.items()}, "VLLM_CPU_KVCACHE_SPACE": "1"}
 
 
-def run_jobs(jobs: list[dict], work: Path, timeout: int = 600, **variables: str) -> tuple[list[dict], str]:
+def run_jobs(jobs: list[dict], work: Path, timeout: int = 1800, **variables: str) -> tuple[list[dict], str]:
     """The results of `vllm_generate.py`, and what it wrote to the terminal."""
     files = work / "jobs.json", work / "results.json"
     files[0].write_text(json.dumps(jobs))
