@@ -8,6 +8,7 @@ killed goes on from its last checkpoint, which `--save-steps` makes, with `--res
 """
 
 import argparse
+import os
 from pathlib import Path
 
 import torch
@@ -64,6 +65,8 @@ def training_arguments(
         save_strategy="no" if save_steps is None else "steps",
         save_steps=save_steps or 500,
         report_to=report_to,
+        # What `accelerate launch` was told; DeepSpeed asks Trainer too
+        bf16=os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16",
     )
 
 

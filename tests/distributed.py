@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import transformers.training_args
 from accelerate.state import DistributedType, PartialState
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
@@ -79,7 +80,8 @@ def zero3(checkpoint: str, output: str) -> None:
 
 
 def take_cpus_for_gpus() -> None:
-    """The launch files are for GPUs, and accelerate shards among nothing else."""
+    """The launch files are for GPUs: accelerate shards among nothing else, and Trainer looks for bfloat16 on one."""
+    transformers.training_args.is_torch_bf16_gpu_available = lambda: True
     if {"ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"}.isdisjoint(os.environ):
         os.environ["ACCELERATE_USE_CPU"] = "true"
     else:
