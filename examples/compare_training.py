@@ -18,7 +18,7 @@ import torch
 from continue_training import adamw
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.constants import DUMMY_TARGET_MODULES
-from text import recent_files, token_blocks
+from text import recent_files, sample, token_blocks
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -159,7 +159,7 @@ def main():
 
     tokenizer = AutoTokenizer.from_pretrained(args.base)
     train_blocks, held_out_blocks = token_blocks(args.files or recent_files(), tokenizer, args.block_length)
-    held_out_blocks = held_out_blocks.shuffle(seed=0).select(range(min(args.eval_blocks, len(held_out_blocks))))
+    held_out_blocks = sample(held_out_blocks, args.eval_blocks)
     with tempfile.TemporaryDirectory() as folder:
         attnres = retrofit(
             args.base,

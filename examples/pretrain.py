@@ -13,7 +13,7 @@ import json
 from pathlib import Path
 
 from compare_training import settings, train
-from text import default_files, token_blocks
+from text import default_files, sample, token_blocks
 from train_base import llama_config, train_tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, set_seed
 
@@ -60,7 +60,7 @@ def main():
 
     tokenizer = train_tokenizer(args.files, args.vocab_size)
     train_blocks, held_out_blocks = token_blocks(args.files, tokenizer, args.block_length)
-    held_out_blocks = held_out_blocks.shuffle(seed=0).select(range(min(args.eval_blocks, len(held_out_blocks))))
+    held_out_blocks = sample(held_out_blocks, args.eval_blocks)
     config = llama_config(tokenizer, args.hidden_size, args.layers)
     attn_res = {"attn_res_block_size": args.block_size, "attn_res_temperature": args.temperature}
     for arm in args.arms:

@@ -8,7 +8,7 @@ The others are put back to zero, where they started. Key norms stay: without a q
 import argparse
 
 import torch
-from text import recent_files, token_blocks
+from text import recent_files, sample, token_blocks
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from modeling_attnres import DepthAttention
@@ -44,7 +44,7 @@ def main():
     tokenizer = AutoTokenizer.from_pretrained(args.checkpoint)
     _, held_out = token_blocks(args.files or recent_files(), tokenizer, args.block_length)
     # Those that compare_training.py takes
-    rows = held_out.shuffle(seed=0).select(range(min(args.eval_blocks, len(held_out))))["input_ids"]
+    rows = sample(held_out, args.eval_blocks)["input_ids"]
 
     names = [name for name, module in model.named_modules() if isinstance(module, DepthAttention)]
     groups = {

@@ -1,6 +1,6 @@
 """
 vLLM gives `generate`'s tokens, by its Transformers backend and the code that travels with a checkpoint. These run where
-there is an environment with vLLM (some twenty minutes on two cores; vLLM compiles for most of it):
+there is an environment with vLLM (forty minutes on two slow cores; vLLM compiles for most of it):
 
     examples/serving/vllm_environment.sh /tmp/vllm    # prints the variable to set
     ATTNRES_VLLM_PYTHON=/tmp/vllm/bin/python pytest tests/test_vllm.py

@@ -6,7 +6,7 @@
 Each `task.json` whose questions are short, have few choices and one right answer becomes a task `bigbench_…` of the tag
 `bigbench`: a YAML file and a file of questions, taken at random but always the same. A question is written as BIG-bench
 writes it, but for the list of its choices: a small model cannot pick from a list, yet it can tell which answer is the
-likelier to follow. (`multiemo` asks the same of the same sentences in eleven languages, 119 tasks that are hardly more
+likelier to follow. (`multiemo` asks the same of the same sentences in eleven languages, 110 tasks that are hardly more
 than one.)
 """
 
