@@ -104,9 +104,10 @@ def test_zero3(checkpoint, one_process, tmp_path):
         torch.testing.assert_close(load(str(tmp_path))(rows()).logits, expected, rtol=0, atol=1e-3)
 
 
+@pytest.mark.parametrize("precision, tolerance", [("no", 1e-3), ("bf16", 2e-2)])
 @pytest.mark.parametrize("config", ["ddp.yaml", "fsdp2.yaml", "zero3.yaml"])
-def test_the_example_on_several_devices(config, real_text, tmp_path):
-    """In the file's own precision. It evaluates before it trains, and leaves a model that loads as any other."""
+def test_the_example_on_several_devices(config, precision, tolerance, real_text, tmp_path):
+    """In float32 and in the files' own precision: it evaluates before it trains, and its model loads as any other."""
     if config == "zero3.yaml":
         pytest.importorskip("deepspeed")
     tokenizer = train_tokenizer([__file__], vocab_size=300)
@@ -117,13 +118,13 @@ def test_the_example_on_several_devices(config, real_text, tmp_path):
     arguments = ("--files", tmp_path / "text.txt", "--steps", 2, "--learning-rate", 1e-2, "--block-length", 32)
     example = LAUNCH.with_name("continue_training.py")
     command = (SCRIPT, example, tmp_path / "attnres", tmp_path / "trained", *arguments)
-    output = accelerate_launch(config, *command, precision="bf16")
+    output = accelerate_launch(config, *command, precision=precision)
     _, held_out = token_blocks([tmp_path / "text.txt"], tokenizer, 32)
     tokens = held_out[:16]["input_ids"]
     with torch.no_grad():
         expected = [m(tokens, labels=tokens).loss.item() for m in (model, load(str(tmp_path / "trained")))]
     actual = [float(word) for word in output.split("held-out text: ")[1].split()[:3:2]]
-    assert actual == pytest.approx(expected, abs=2e-2) and actual[1] < actual[0] - 0.1
+    assert actual == pytest.approx(expected, abs=tolerance) and actual[1] < actual[0] - 0.1
 
 
 def test_tensor_parallel(checkpoint, tmp_path):

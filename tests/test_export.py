@@ -20,12 +20,14 @@ def model(request, tmp_path):
     return randomise_depth_attention(attnres_of(base, attn_res_type=request.param, attn_res_block_size=2))
 
 
-def relative_error(actual, expected):
-    return ((actual - expected).abs().max() / expected.abs().max()).item()
+def assert_same_logits(actual, expected, model):
+    """Within 1e-5; of SmolLM2, whose logits are ten times as large, within 1e-5 of the largest."""
+    largest = expected.abs().max().item() if model.config.hidden_size == 576 else 1.0
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5 * largest)
 
 
 def test_an_exported_decoding_step_gives_the_same_logits(model):
-    tokens = torch.randint(1, 99, (1, 5), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(1, 99, (1, 9), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = model(tokens).logits[0]
     model.generation_config.use_cache = True
@@ -37,7 +39,7 @@ def test_an_exported_decoding_step_gives_the_same_logits(model):
         for position in range(tokens.shape[1]):
             token = tokens[:, position : position + 1]
             logits = exported(input_ids=token, cache_position=torch.tensor([position]))
-            assert relative_error(logits[0, 0], expected[position]) < 1e-5
+            assert_same_logits(logits[0, 0], expected[position], model)
 
 
 @pytest.mark.parametrize("model", ["block", "SmolLM2"], indirect=True)
@@ -47,7 +49,7 @@ def test_a_decoding_step_in_onnx_gives_the_same_logits(model, tmp_path):
     from onnxruntime import InferenceSession
     from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
 
-    tokens = torch.randint(1, 99, (1, 5), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(1, 99, (1, 9), generator=torch.Generator().manual_seed(0))
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
         expected = model(tokens).logits[:, -1:]
@@ -58,4 +60,4 @@ def test_a_decoding_step_in_onnx_gives_the_same_logits(model, tmp_path):
     states = [state for layer in cache.layers for state in (layer.keys, layer.values)]
     names = [value.name for value in session.get_inputs()]
     logits = session.run(["logits"], {n: t.numpy() for n, t in zip(names, [tokens[:, -1:], *states], strict=True)})[0]
-    assert relative_error(torch.from_numpy(logits), expected) < 1e-5
+    assert_same_logits(torch.from_numpy(logits), expected, model)
