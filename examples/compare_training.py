@@ -88,6 +88,7 @@ def train(
                 max_steps=args.steps,
                 per_device_train_batch_size=args.batch_size,
                 per_device_eval_batch_size=args.batch_size,
+                gradient_accumulation_steps=args.accumulation_steps,
                 lr_scheduler_type="cosine",
                 warmup_steps=args.steps // 10,
                 eval_strategy="steps",
@@ -149,6 +150,7 @@ def main():
     parser.add_argument("--eval-steps", type=int, default=20)
     parser.add_argument("--eval-blocks", type=int, default=32)
     parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--accumulation-steps", type=int, default=1, help="batches that a step's gradient is made of")
     parser.add_argument("--block-length", type=int, default=256)
     parser.add_argument("--lora-rank", type=int, default=8)
     parser.add_argument("--bf16", action="store_true", help="autocast")

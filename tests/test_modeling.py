@@ -181,10 +181,10 @@ def test_losses_are_the_base_s(base, tokens):
     ]
     for kwargs in arguments:
         expected = base(**tokens, **kwargs).loss
-        torch.testing.assert_close(model(**tokens, **kwargs).loss, expected, rtol=0, atol=1e-6)
+        torch.testing.assert_close(model(**tokens, **kwargs).loss, expected, rtol=1e-6, atol=0)
     # `labels` alone and `shift_labels` alone are the same loss
     loss = model(**tokens, shift_labels=shifted).loss
-    torch.testing.assert_close(loss, base(**tokens, labels=labels).loss, rtol=0, atol=1e-6)
+    torch.testing.assert_close(loss, base(**tokens, labels=labels).loss, rtol=1e-6, atol=0)
 
 
 @torch.no_grad()
