@@ -40,6 +40,7 @@ def add_options(parser: argparse.ArgumentParser, learning_rate: float = 5e-5) ->
     parser.add_argument("--save-steps", type=int, help="also save every so many steps")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in the output folder")
     parser.add_argument("--report-to", default="none", help="for instance tensorboard")
+    parser.add_argument("--bf16", action="store_true", help="autocast; `accelerate launch` may have been told so too")
 
 
 def training_arguments(
@@ -48,6 +49,7 @@ def training_arguments(
     batch_size: int = 4,
     save_steps: int | None = None,
     report_to: str = "none",
+    bf16: bool = False,
 ) -> TrainingArguments:
     """To be made before the model is loaded: it is from here that ZeRO-3 learns to cut it up."""
     return TrainingArguments(
@@ -65,8 +67,8 @@ def training_arguments(
         save_strategy="no" if save_steps is None else "steps",
         save_steps=save_steps or 500,
         report_to=report_to,
-        # What `accelerate launch` was told; DeepSpeed asks Trainer too
-        bf16=os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16",
+        # DeepSpeed wants Trainer to be told what `accelerate launch` was
+        bf16=bf16 or os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16",
     )
 
 
@@ -108,7 +110,9 @@ def continue_training(
 
 def run(options: argparse.Namespace, prepare=lambda model: model) -> None:
     """What the options say, on the model that `prepare` makes of the checkpoint's."""
-    args = training_arguments(options.output, options.steps, options.batch_size, options.save_steps, options.report_to)
+    args = training_arguments(
+        options.output, options.steps, options.batch_size, options.save_steps, options.report_to, options.bf16
+    )
     model = prepare(AutoModelForCausalLM.from_pretrained(options.checkpoint, dtype=torch.float32))
     before, after = continue_training(
         model,

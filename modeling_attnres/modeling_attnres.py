@@ -3,6 +3,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import wraps
 from threading import get_ident
 
@@ -28,7 +29,14 @@ from transformers.modeling_layers import (
     GenericForTokenClassification,
     GradientCheckpointingLayer,
 )
-from transformers.modeling_outputs import CausalLMOutputWithPast, MoeCausalLMOutputWithPast, MoeModelOutputWithPast
+from transformers.modeling_outputs import (
+    CausalLMOutputWithPast,
+    MoeCausalLMOutputWithPast,
+    MoeModelOutputWithPast,
+    QuestionAnsweringModelOutput,
+    SequenceClassifierOutputWithPast,
+    TokenClassifierOutput,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
@@ -55,6 +63,47 @@ BASE_MODEL_FLAGS = (
     "_supports_flex_attn",
     "_supports_sdpa",
 )
+
+
+# A key that is no field is lost on the way through what is wrapped around a model: DDP, accelerate's mixed precision
+@dataclass
+class AttnResModelOutputWithPast(MoeModelOutputWithPast):
+    depth_attentions: tuple[torch.FloatTensor, ...] | None = None
+
+
+@dataclass
+class AttnResCausalLMOutputWithPast(CausalLMOutputWithPast):
+    depth_attentions: tuple[torch.FloatTensor, ...] | None = None
+
+
+@dataclass
+class AttnResMoeCausalLMOutputWithPast(MoeCausalLMOutputWithPast):
+    depth_attentions: tuple[torch.FloatTensor, ...] | None = None
+
+
+@dataclass
+class AttnResSequenceClassifierOutputWithPast(SequenceClassifierOutputWithPast):
+    depth_attentions: tuple[torch.FloatTensor, ...] | None = None
+
+
+@dataclass
+class AttnResTokenClassifierOutput(TokenClassifierOutput):
+    depth_attentions: tuple[torch.FloatTensor, ...] | None = None
+
+
+@dataclass
+class AttnResQuestionAnsweringModelOutput(QuestionAnsweringModelOutput):
+    depth_attentions: tuple[torch.FloatTensor, ...] | None = None
+
+
+# What the heads of transformers put out, with depth attentions
+HEAD_OUTPUTS = {
+    CausalLMOutputWithPast: AttnResCausalLMOutputWithPast,
+    MoeCausalLMOutputWithPast: AttnResMoeCausalLMOutputWithPast,
+    SequenceClassifierOutputWithPast: AttnResSequenceClassifierOutputWithPast,
+    TokenClassifierOutput: AttnResTokenClassifierOutput,
+    QuestionAnsweringModelOutput: AttnResQuestionAnsweringModelOutput,
+}
 
 
 class AttnResDecoderLayer(GradientCheckpointingLayer):
@@ -260,7 +309,7 @@ class AttnResModel(AttnResPreTrainedModel):
         output_depth_attentions: bool | None = None,
         depth_attention_mask: torch.BoolTensor | list[list[bool]] | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> MoeModelOutputWithPast:
+    ) -> AttnResModelOutputWithPast:
         r"""
         Args:
             input_ids (`torch.LongTensor` of shape `(batch, sequence)`, *optional*): token ids.
@@ -282,7 +331,7 @@ class AttnResModel(AttnResPreTrainedModel):
                 `torch.compile(fullgraph=True)` cannot follow.
 
         Returns:
-            [`MoeModelOutputWithPast`]: on request with `hidden_states` (what each layer's attention was given, then
+            [`AttnResModelOutputWithPast`]: on request with `hidden_states` (what each layer's attention was given, then
             the final norm's output), `attentions`, `router_logits` and `depth_attentions`: a tuple with a
             `torch.Tensor` of shape `(batch, sequence, sources)`, float32, for each of `config.depth_attention_names`.
 
@@ -334,7 +383,7 @@ class AttnResModel(AttnResPreTrainedModel):
             )
 
         hidden_states = self.output_res(*sources, mask=depth_masks[-1], output_weights=output_depth_attentions)
-        return MoeModelOutputWithPast(self.norm(hidden_states), **{CACHE_NAME: cache if use_cache else None})
+        return AttnResModelOutputWithPast(self.norm(hidden_states), **{CACHE_NAME: cache if use_cache else None})
 
     def checked_depth_attention_mask(self, mask: torch.BoolTensor | list[list[bool]]) -> list[list[bool]]:
         """The rows of a `depth_attention_mask`, one for each depth attention."""
@@ -385,8 +434,7 @@ def with_depth_attentions(forward: Callable) -> Callable:
             output = forward(self, *args, output_depth_attentions=True, **kwargs)
         if isinstance(output, tuple):
             return (*output, recorded[0])
-        output["depth_attentions"] = recorded[0]
-        return output
+        return HEAD_OUTPUTS[type(output)](**output, depth_attentions=recorded[0])
 
     return wrapper
 

@@ -1,12 +1,15 @@
 """Recorded depth attentions, and depth attention with sources masked out."""
 
+import pickle
 import sys
 import threading
 
 import pytest
 import torch
+from accelerate.utils import convert_to_fp32
 from conftest import FAMILIES, attnres_of, randomise_depth_attention, tiny_base
 from test_heads import HEADS, base_with_head
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from modeling_attnres import AttnResConfig, DepthAttention
 from modeling_attnres.fused_depth_attention import fused_depth_attention
@@ -161,6 +164,21 @@ def test_every_head_gives_them(head, tokens):
     model = randomise_depth_attention(HEADS[head].from_config(config).eval())
     expected = model.model(**tokens, output_depth_attentions=True).depth_attentions
     torch.testing.assert_close(model(**tokens, output_depth_attentions=True).depth_attentions, expected)
+
+
+@pytest.mark.parametrize("name", [*HEADS, *FAMILIES])
+@torch.no_grad()
+def test_what_is_wrapped_around_a_model_keeps_them(name):
+    """DDP takes outputs apart and puts them together, mixed precision converts them; some users save them."""
+    base = base_with_head(name) if name in HEADS else tiny_base(name)
+    model = HEADS[name].from_config(AttnResConfig.from_base_config(base.config)) if name in HEADS else attnres_of(base)
+    for module in (model, model.model):
+        output = module(torch.arange(1, 9)[None], output_depth_attentions=True)
+        leaves, structure = tree_flatten(output)
+        converted = convert_to_fp32(output)
+        for other in (tree_unflatten(leaves, structure), converted, pickle.loads(pickle.dumps(output))):
+            assert type(other) is type(output)
+            torch.testing.assert_close(other["depth_attentions"], output.depth_attentions)
 
 
 @both_types

@@ -12,7 +12,7 @@ import torch
 from accelerate import cpu_offload, disk_offload
 from accelerate.utils import merge_fsdp_weights
 from conftest import attnres_of, randomise_depth_attention, tiny_base
-from distributed import load, losses, rows, train
+from distributed import load, logits_after_a_step, losses, rows, train
 from safetensors.torch import load_file
 from text import token_blocks
 from train_base import train_tokenizer
@@ -109,7 +109,10 @@ def test_zero3(checkpoint, one_process, tmp_path):
     [("ddp.yaml", "no", 1e-3), ("fsdp2.yaml", "bf16", 2e-2), ("zero3.yaml", "no", 1e-3), ("zero3.yaml", "bf16", 2e-2)],
 )
 def test_the_example_on_several_devices(config, precision, tolerance, real_text, tmp_path):
-    """In float32 or in the files' own precision: it evaluates before it trains, and its model loads as any other."""
+    """
+    In float32 or in the files' own precision: it evaluates before it trains, its model loads as any other, and it
+    resumes.
+    """
     if config == "zero3.yaml":
         pytest.importorskip("deepspeed")
     tokenizer = train_tokenizer([__file__], vocab_size=300)
@@ -118,6 +121,7 @@ def test_the_example_on_several_devices(config, precision, tolerance, real_text,
         saved.save_pretrained(tmp_path / "attnres")
     (tmp_path / "text.txt").write_text(real_text)
     arguments = ("--files", tmp_path / "text.txt", "--steps", 2, "--learning-rate", 1e-2, "--block-length", 32)
+    arguments += ("--save-steps", 1, "--report-to", "tensorboard")
     example = LAUNCH.with_name("continue_training.py")
     command = (SCRIPT, example, tmp_path / "attnres", tmp_path / "trained", *arguments)
     output = accelerate_launch(config, *command, precision=precision)
@@ -127,6 +131,11 @@ def test_the_example_on_several_devices(config, precision, tolerance, real_text,
         expected = [m(tokens, labels=tokens).loss.item() for m in (model, load(str(tmp_path / "trained")))]
     actual = [float(word) for word in output.split("held-out text: ")[1].split()[:3:2]]
     assert actual == pytest.approx(expected, abs=tolerance) and actual[1] < actual[0] - 0.1
+    assert list((tmp_path / "trained" / "runs").rglob("events.out.tfevents.*"))
+
+    shutil.rmtree(tmp_path / "trained" / "checkpoint-2")
+    resumed = accelerate_launch(config, *command, "--resume", precision=precision)
+    assert resumed.splitlines()[-1] == output.splitlines()[-1]
 
 
 def test_tensor_parallel(checkpoint, tmp_path):
@@ -140,6 +149,7 @@ def test_tensor_parallel(checkpoint, tmp_path):
     assert len(result["gradients"]) == 10
     for name, gradient in result["gradients"].items():
         torch.testing.assert_close(gradient, model.get_parameter(name).grad, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(result["after a step"], logits_after_a_step(model), rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("where", ["cpu", "disk"])

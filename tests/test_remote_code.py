@@ -149,7 +149,14 @@ NAMES = {
         "GenericForTokenClassification",
         "GradientCheckpointingLayer",
     },
-    "transformers.modeling_outputs": {"CausalLMOutputWithPast", "MoeCausalLMOutputWithPast", "MoeModelOutputWithPast"},
+    "transformers.modeling_outputs": {
+        "CausalLMOutputWithPast",
+        "MoeCausalLMOutputWithPast",
+        "MoeModelOutputWithPast",
+        "QuestionAnsweringModelOutput",
+        "SequenceClassifierOutputWithPast",
+        "TokenClassifierOutput",
+    },
     "transformers.models.auto.modeling_auto": {"MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"},
     "transformers.processing_utils": {"Unpack"},
     "transformers.utils": {"TransformersKwargs"},
@@ -183,7 +190,7 @@ def test_the_code_that_travels_imports_torch_and_transformers_alone(tmp_path):
     assert all(names[module] == NAMES[module] for module in NAMES)
     # fla is optional: what transformers asks for before it runs the code leaves it out
     assert not any("fla" in get_imports(path) for path in output.glob("*.py"))
-    assert standard == {"collections.abc", "contextlib", "functools", "math", "threading", "typing"}
+    assert standard == {"collections.abc", "contextlib", "dataclasses", "functools", "math", "threading", "typing"}
 
 
 # What could read the environment or a file, reach the network, run other code, or reach any of these by a detour
@@ -203,7 +210,7 @@ def test_the_code_that_travels_is_minimal_and_names_nothing_dangerous(tmp_path):
         nodes = [node for node in ast.walk(ast.parse(path.read_text())) if ast.unparse(node) != "torch.compile"]
         names = {getattr(node, "id", getattr(node, "attr", None)) for node in nodes}
         assert not names & FORBIDDEN, path.name
-    assert sum(len(path.read_text().splitlines()) for path in files) < 1200, "to be read before it is trusted"
+    assert sum(len(path.read_text().splitlines()) for path in files) < 1250, "to be read before it is trusted"
 
 
 AUDITED = """
