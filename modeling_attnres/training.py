@@ -2,6 +2,7 @@
 """What the training tools of others need to be told about an AttnRes model."""
 
 import warnings
+from collections import defaultdict
 from typing import Any
 
 from torch import nn
@@ -23,7 +24,8 @@ def attn_res_parameter_groups(
 ) -> list[dict[str, Any]]:
     r"""
     The parameters of a model as groups for an optimizer: matrices, with weight decay; vectors and biases, without;
-    queries and key norms, at a learning rate of their own and without. Frozen parameters are left out.
+    queries and key norms, at a learning rate of their own and without. Frozen parameters are left out; what tensor
+    parallelism has spread over devices is a group apart, since an optimizer cannot take it together with the rest.
 
     Args:
         model (`nn.Module`): an AttnRes model or a base, also with PEFT's adapters or sharded by FSDP2 or ZeRO-3.
@@ -43,7 +45,7 @@ def attn_res_parameter_groups(
     ```"""
     if attn_res_learning_rate is None:
         attn_res_learning_rate = learning_rate
-    matrices, vectors, attn_res = [], [], []
+    matrices, vectors, attn_res = defaultdict(list), defaultdict(list), defaultdict(list)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             is_attn_res = not set(ATTN_RES_MODULES).isdisjoint(name.split("."))
@@ -51,15 +53,16 @@ def attn_res_parameter_groups(
             # are one matrix, and Kimi Linear's `A_log`, a number for each head, has dimensions of one
             shape = getattr(parameter, "ds_shape", parameter.shape)
             is_matrix = len(shape) > 1 and not name.endswith(("bias", "A_log"))
-            (attn_res if is_attn_res else matrices if is_matrix else vectors).append(parameter)
+            kind = attn_res if is_attn_res else matrices if is_matrix else vectors
+            kind[getattr(parameter, "device_mesh", None)].append(parameter)
     if attn_res:
         _warn_of_long_steps(model.config, attn_res_learning_rate)
-    groups = [
-        {"params": matrices, "lr": learning_rate, "weight_decay": weight_decay},
-        {"params": vectors, "lr": learning_rate, "weight_decay": 0.0},
-        {"params": attn_res, "lr": attn_res_learning_rate, "weight_decay": 0.0},
+    kinds = [
+        (matrices, {"lr": learning_rate, "weight_decay": weight_decay}),
+        (vectors, {"lr": learning_rate, "weight_decay": 0.0}),
+        (attn_res, {"lr": attn_res_learning_rate, "weight_decay": 0.0}),
     ]
-    return [group for group in groups if group["params"]]
+    return [{"params": parameters, **options} for kind, options in kinds for parameters in kind.values()]
 
 
 def _warn_of_long_steps(config, learning_rate: float) -> None:

@@ -89,6 +89,13 @@ def take_cpus_for_gpus() -> None:
         PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_GPU)
 
 
+def logits_after_a_step(model) -> torch.Tensor:
+    """Of AdamW as it is by default on a GPU, for all parameters of a group at once."""
+    torch.optim.AdamW(attn_res_parameter_groups(model, 1e-3, 1e-2), foreach=True).step()
+    with torch.no_grad():
+        return model(rows()).logits
+
+
 def tensor_parallel(checkpoint: str, output: str) -> None:
     dist.init_process_group("gloo")
     model = load(checkpoint, tp_plan="auto")
@@ -97,7 +104,10 @@ def tensor_parallel(checkpoint: str, output: str) -> None:
     if dist.get_rank() == 0:
         gradients = {name: p.grad for name, p in model.named_parameters() if name.endswith("query")}
         rows_here = model.model.layers[0].self_attn.q_proj.weight.to_local().shape[0]
-        torch.save({"logits": result.logits.detach(), "gradients": gradients, "rows of q_proj": rows_here}, output)
+    after_a_step = logits_after_a_step(model)
+    if dist.get_rank() == 0:
+        logits = {"logits": result.logits.detach(), "after a step": after_a_step}
+        torch.save({**logits, "gradients": gradients, "rows of q_proj": rows_here}, output)
 
 
 if __name__ == "__main__":
