@@ -28,6 +28,8 @@ MARKERS = "os^Dv*P"
 
 RATES = ("learning_rate", "attn_res_learning_rate")
 ATTN_RES = ("type", "block_size", "temperature")
+# What arms may differ in and still be compared
+OWN = (*RATES, *ATTN_RES, "optim", "parameters")
 # Of a row, what is no setting
 MEASURED = ("seed", "losses", "seconds")
 
@@ -74,6 +76,16 @@ def best(arm: str, settings: dict[tuple, dict]) -> tuple:
     losses = {setting: final(runs, seeds) for setting, runs in finalists.items()}
     # A run that diverged ended in no number
     return min(losses, key=lambda setting: np.nan_to_num(losses[setting], nan=np.inf))
+
+
+def check_conditions(settings: dict[str, tuple]) -> None:
+    for name in {name for setting in settings.values() for name, _ in setting} - {*OWN}:
+        values = {arm: dict(setting).get(name) for arm, setting in settings.items()}
+        if len(set(values.values())) > 1:
+            raise ValueError(
+                f"At their best the arms differ in {name!r}, so they cannot be compared: {values}. Keep such runs in "
+                f"files of their own, or name the arms by it too: --arms-by arm {name}."
+            )
 
 
 def curve(runs: dict[int, list[dict]], x: str) -> tuple[np.ndarray, np.ndarray]:
@@ -151,6 +163,7 @@ def main():
     if args.speed:
         retimed(arms, args.speed)
     settings = {arm: best(arm, arms[arm]) for arm in arms}
+    check_conditions(settings)
     chosen = {arm: arms[arm][setting] for arm, setting in settings.items()}
     styles = {arm: {"color": c, "marker": m} for arm, c, m in zip(arms, cycle(COLOURS), cycle(MARKERS))}
     timed = all("seconds" in point for runs in chosen.values() for run in runs.values() for point in run)

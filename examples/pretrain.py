@@ -53,6 +53,7 @@ def main():
     parser.add_argument("--eval-steps", type=int, default=25)
     parser.add_argument("--eval-blocks", type=int, default=64)
     parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--accumulation-steps", type=int, default=1, help="batches that a step's gradient is made of")
     parser.add_argument("--block-length", type=int, default=256)
     parser.add_argument("--weight-decay", type=float, default=0.1)
     parser.add_argument("--bf16", action="store_true", help="autocast")

@@ -179,7 +179,7 @@ def test_pretrain(real_text, tmp_path):
 
 
 def test_each_arm_at_its_best_setting(tmp_path):
-    from plot_training import best, read, retimed, table
+    from plot_training import best, check_conditions, read, retimed, table
 
     def row(arm, seed, rate, final, seconds, **fields):
         losses = [{"step": 0, "loss": 4.0, "seconds": 0.0}, {"step": 9, "loss": final, "seconds": seconds}]
@@ -207,6 +207,12 @@ def test_each_arm_at_its_best_setting(tmp_path):
     retimed(arms, tmp_path / "short.jsonl")
     line = table(arms, {arm: best(arm, arms[arm]) for arm in arms}).splitlines()[-1]
     assert line.endswith("| -0.5167 (-0.6667 to -0.3667) |")
+
+    settings = {arm: best(arm, arms[arm]) for arm in arms}
+    check_conditions(settings)
+    settings["attnres"] = (*settings["attnres"], ("batch_size", 32))
+    with pytest.raises(ValueError, match="differ in 'batch_size'.*'base': None, 'attnres': 32"):
+        check_conditions(settings)
     assert list(read([tmp_path / "losses.jsonl"], ["arm", "block_size"])) == ["base", "attnres 1", "attnres 2"]
     del arms["attnres"][best("attnres", arms["attnres"])][0]
     with pytest.raises(ValueError, match="settings of arm 'attnres' have no seed in common"):
@@ -215,7 +221,6 @@ def test_each_arm_at_its_best_setting(tmp_path):
 
 def test_the_noise_of_a_gradient():
     """Against the variance of gradients that are the inputs themselves."""
-    import torch
     from gradient_noise import noise_scales
 
     class Linear(torch.nn.Module):
@@ -273,7 +278,6 @@ def test_benchmark(tmp_path):
 
 
 def test_the_models_of_the_benchmark_compute_the_same():
-    import torch
     from benchmark import CUDA_PEERS, PEERS, SIZES, attnres_of
     from transformers import LlamaConfig, LlamaForCausalLM
 

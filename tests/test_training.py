@@ -7,10 +7,11 @@ import warnings
 import pytest
 import torch
 from conftest import FAMILIES, attnres_of, tiny_base
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from attnres_conversion import retrofit
-from modeling_attnres import attn_res_parameter_groups
+from modeling_attnres import ATTN_RES_MODULES, attn_res_parameter_groups
 
 
 @pytest.fixture
@@ -113,13 +114,16 @@ class KillAt(TrainerCallback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-@pytest.mark.parametrize("step", [3, 4, 5])
-def test_a_killed_run_goes_on_where_it_was(step, data, tmp_path):
-    """The losses after resuming are those of a run that nothing happened to."""
+@pytest.mark.parametrize("step, adapter", [(3, False), (4, False), (5, False), (5, True)])
+def test_a_killed_run_goes_on_where_it_was(step, adapter, data, tmp_path):
+    """The losses after resuming are those of a run that nothing happened to, dropout and all."""
 
     def run(folder, callbacks=None, resume=False):
         torch.manual_seed(0)
-        model = attnres_of(tiny_base("llama"))
+        model = attnres_of(tiny_base("llama", attention_dropout=0.2))
+        if adapter:
+            lora = LoraConfig(target_modules="all-linear", modules_to_save=ATTN_RES_MODULES, lora_dropout=0.2)
+            model = get_peft_model(model, lora)
         args = arguments(folder, max_steps=8, save_steps=2, logging_steps=1, per_device_train_batch_size=2)
         optimizer = (lambda: adamw, {"learning_rate": 1e-2, "attn_res_learning_rate": 3e-3, "weight_decay": 0.1})
         trainer = Trainer(model, args, train_dataset=data, callbacks=callbacks, optimizer_cls_and_kwargs=optimizer)

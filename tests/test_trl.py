@@ -3,15 +3,16 @@
 from math import log
 
 import pytest
+import torch
 from conftest import randomise_depth_attention, tiny_base
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from train_base import train_tokenizer
 from transformers import AutoModelForCausalLM
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from attnres_conversion import retrofit
-from modeling_attnres import ATTN_RES_MODULES
+from modeling_attnres import ATTN_RES_MODULES, attn_res_parameter_groups
 
 
 @pytest.fixture(scope="module")
@@ -76,15 +77,19 @@ def test_sft(adapter, models, tokenizer, tmp_path):
     assert len(queries) == 10 and all((query != 0).any() for query in queries)
 
 
-@each_way
-def test_dpo(adapter, models, tokenizer, tmp_path):
-    pairs = Dataset.from_dict(
+@pytest.fixture
+def pairs():
+    return Dataset.from_dict(
         {
             "prompt": [f"{a} and {a + 1} make" for a in range(8)],
             "chosen": [f" {2 * a + 1}" for a in range(8)],
             "rejected": [" nothing"] * 8,
         }
     )
+
+
+@each_way
+def test_dpo(adapter, models, pairs, tokenizer, tmp_path):
     logs = {}
     for name, model in models.items():
         args = arguments(DPOConfig, tmp_path / "output")
@@ -101,3 +106,18 @@ def test_dpo(adapter, models, tokenizer, tmp_path):
     base, attnres, trained = (logs[name]["logps/chosen"] for name in models)
     assert attnres == pytest.approx(base, abs=1e-3) and abs(trained - base) > 0.1
     assert len(queries) == 10 and all((query != 0).any() for query in queries)
+
+
+def test_dpo_with_rates_of_their_own(models, pairs, tokenizer, tmp_path):
+    """DPOTrainer takes an optimizer but no function that makes one, so PEFT comes before it."""
+    model = get_peft_model(models["attnres"], lora("attnres"))
+    optimizer = torch.optim.AdamW(attn_res_parameter_groups(model, 1e-3, 1e-4))
+    args = arguments(DPOConfig, tmp_path / "output")
+    trainer = DPOTrainer(
+        model, args=args, train_dataset=pairs, processing_class=tokenizer, optimizers=(optimizer, None)
+    )
+    _, queries = first_log_and_queries(trainer)
+    # Three steps, at the rate, two thirds and one third of it
+    assert 1e-4 < max(query.abs().max() for query in queries) < 2.1e-4
+    loras = [parameter for name, parameter in model.named_parameters() if "lora_B" in name]
+    assert 1e-3 < max(parameter.abs().max() for parameter in loras) < 2.1e-3

