@@ -39,10 +39,14 @@ def test_there_and_back(tmp_path):
 
 def test_exits_with_1_and_one_line_where_something_is_wrong(tmp_path):
     base = save_base(tmp_path / "base")
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "file").write_text("")
     attnres("retrofit", base, tmp_path / "mean", "--scale", "mean")
     for arguments, message in [
         (("retrofit", tmp_path / "nothing", tmp_path / "out"), "neither a local folder nor a Hub id"),
+        (("retrofit", base, tmp_path / "taken"), "exists already and is not an empty folder"),
         (("retrofit", base, tmp_path / "out", "--block-size", 9), "`attn_res_block_size` is 9"),
+        (("verify", base, base), "is not AttnRes"),
         (("verify", base, tmp_path / "mean"), "The two compute different things."),
         (("revert", base, tmp_path / "out"), "is not an AttnRes checkpoint"),
     ]:
