@@ -1,42 +1,21 @@
 # Copyright 2026 The modeling_attnres authors. Licensed under the Apache License, Version 2.0.
-"""AttnRes configuration: any supported base's own fields, and six more."""
+"""AttnRes configuration: the fields of a base's configuration, and those of Attention Residuals."""
 
 from math import ceil, inf
 from typing import Any, Literal
 
-from huggingface_hub.dataclasses import strict
-from transformers import CONFIG_MAPPING, PreTrainedConfig
+import transformers
+from packaging.version import Version
 
 
-# Bases whose decoder layer has two pre-norm sublayers, each added to the residual stream.
-SUPPORTED_BASE_MODEL_TYPES = (
-    "deepseek_v3",
-    "dots1",
-    "ernie4_5",
-    "glm4_moe",
-    "gpt_oss",
-    "granite",
-    "granitemoe",
-    "helium",
-    "kimi_linear",
-    "llama",
-    "mistral",
-    "mixtral",
-    "nemotron",
-    "olmo",
-    "olmoe",
-    "phi3",
-    "qwen2",
-    "qwen2_moe",
-    "qwen3",
-    "qwen3_moe",
-    "qwen3_next",
-    "seed_oss",
-    "smollm3",
-    "starcoder2",
-)
+if Version(transformers.__version__) < Version("5.16"):
+    raise ImportError(f"AttnRes models need transformers 5.16 or newer, found {transformers.__version__}.")
 
-# Where the Auto classes find the code that travels with a checkpoint (`trust_remote_code=True`).
+from huggingface_hub.dataclasses import strict  # noqa: E402
+from transformers import CONFIG_MAPPING, PreTrainedConfig  # noqa: E402
+
+
+# Where the Auto classes find the code in a checkpoint's folder (`trust_remote_code=True`)
 AUTO_MAP = {
     "AutoConfig": "configuration_attnres.AttnResConfig",
     "AutoModel": "modeling_attnres.AttnResModel",
@@ -55,7 +34,7 @@ ATTN_RES_FIELDS = (
     "attn_res_temperature",
 )
 
-# What a configuration class says about its models, beside its fields.
+# Attributes of a configuration class that describe its models
 _BASE_CLASS_ATTRIBUTES = (
     "attribute_map",
     "keys_to_ignore_at_inference",
@@ -71,37 +50,35 @@ class AttnResConfig(PreTrainedConfig):
     Configuration of an [`AttnResModel`]: a decoder whose residual connections are Attention Residuals
     ([arXiv 2603.15031](https://arxiv.org/abs/2603.15031)).
 
-    It is flat. Every field of the base's configuration is a field of this one, with the base's default, validation and
-    alternative names; the fields below come on top.
+    It is flat: the fields of the base's configuration, with the base's defaults, validation and alternative names, are
+    fields of this one.
 
     Args:
         base_model_type (`str`, *optional*, defaults to `"llama"`):
-            The `model_type` of the base, one of `SUPPORTED_BASE_MODEL_TYPES`.
+            The `model_type` of the base: a causal language model in transformers whose decoder layers add their
+            sublayers' outputs to a residual stream.
         attn_res_type (`str`, *optional*, defaults to `"block"`):
-            The sources that a sublayer attends over. `"block"` (Block AttnRes): the token embedding, the sum of each
-            finished block's sublayer outputs, the running sum of the current block. `"full"` (Full AttnRes): the token
-            embedding and each earlier sublayer's output.
+            The sources of the depth attention. `"block"` (Block AttnRes): the token embedding, the sum of each finished
+            block's sublayer outputs, and the running sum of the current block. `"full"` (Full AttnRes): the token
+            embedding and the output of every earlier sublayer.
         attn_res_block_size (`int`, *optional*):
-            Decoder layers in a block, between 1 and `num_hidden_layers`. Defaults to the size that comes nearest to 8
-            blocks. Full AttnRes does not use it.
+            The number of decoder layers in a block. The last block may have fewer. The default gives about 8 blocks.
+            Full AttnRes does not use it.
         attn_res_scale (`str`, *optional*, defaults to `"sum"`):
-            What the weighted mean of the sources is multiplied by. `"sum"`: the number of sources, so that zero queries
-            give the standard residual stream. `"mean"`: 1, the paper's form.
+            The factor of the weighted mean. `"sum"`: the number of sources, so that zero queries give the standard
+            residual stream. `"mean"`: 1, the paper's form.
         attn_res_norm_eps (`float`, *optional*, defaults to 1e-6):
-            The epsilon of the RMSNorm that turns sources into keys.
+            The epsilon of the keys' RMSNorm.
         attn_res_temperature (`float`, *optional*, defaults to 1.0):
-            What the logits `q · RMSNorm(v)` are divided by. An optimizer with normalised steps, like Adam, moves them
-            by up to learning rate × `hidden_size` / temperature a step. The paper has none, that is 1.0.
+            The divisor of the logits `q · RMSNorm(v)`. With Adam, a step moves the logits by up to learning rate ×
+            `hidden_size` / temperature. The paper has no temperature, which is 1.0.
         attn_res_implementation (`str`, *optional*, defaults to `"auto"`):
-            What computes the depth attention. `"eager"`: PyTorch. `"fused"`: on a CUDA device the kernel of the
-            package flash-linear-attention, elsewhere what `torch.compile` makes of the operator, which needs a C++
-            compiler. `"auto"`: the kernel where it is there and the model is not compiled, else PyTorch. As with
-            `attn_implementation`, it is not saved.
+            The implementation of the depth attention, one of `ATTN_RES_IMPLEMENTATIONS` or `"auto"`. It is not saved.
         kwargs:
-            The base's own fields.
+            The fields of the base.
 
     Raises:
-        `ValueError`: the base is not supported, or a field has an impossible value.
+        `ValueError`: transformers has no such base, or a field is out of range.
 
     ```python
     >>> from modeling_attnres import AttnResConfig, AttnResForCausalLM
@@ -132,10 +109,17 @@ class AttnResConfig(PreTrainedConfig):
         attn_res_implementation: str = "auto",
         **kwargs,
     ):
-        if base_model_type not in SUPPORTED_BASE_MODEL_TYPES or base_model_type not in CONFIG_MAPPING:
-            raise ValueError(_unsupported_base_message(base_model_type))
+        if base_model_type not in CONFIG_MAPPING:
+            raise ValueError(
+                f"`base_model_type` is {base_model_type!r}, but transformers {transformers.__version__} has no such model."
+            )
         kwargs.pop("model_type", None)
         base = CONFIG_MAPPING[base_model_type](**kwargs)
+        if base.get_text_config() is not base:
+            raise ValueError(
+                f"`base_model_type` is {base_model_type!r}, a model with a text model of type "
+                f"{base.get_text_config().model_type!r} inside. Extract the text model and convert that."
+            )
         self.__dict__.update(base.__dict__)
         # On the instance, since each base has its own; `_base_view` keeps them out of config.json
         self.__dict__.update({name: getattr(base, name) for name in _BASE_CLASS_ATTRIBUTES if hasattr(base, name)})
@@ -151,6 +135,13 @@ class AttnResConfig(PreTrainedConfig):
             sizes = (max(at_most_8 - 1, 1), at_most_8)
             attn_res_block_size = min(sizes, key=lambda size: abs(ceil(self.num_hidden_layers / size) - 8))
         self.attn_res_block_size = attn_res_block_size
+
+    def __getattr__(self, name: str) -> Any:
+        # Properties and class attributes of the base's configuration
+        base_class = CONFIG_MAPPING[vars(self)["base_model_type"]] if "base_model_type" in vars(self) else None
+        if hasattr(base_class, name) and not name.startswith("__"):
+            return getattr(self._base_view(), name)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     @classmethod
     def from_base_config(cls, base_config: PreTrainedConfig, **attn_res) -> "AttnResConfig":
@@ -201,32 +192,6 @@ class AttnResConfig(PreTrainedConfig):
         diff.pop("_name_or_path", None)
         return {**diff, **self._own_items(), "auto_map": {**(diff.get("auto_map") or {}), **AUTO_MAP}}
 
-    @property
-    def depth_attention_names(self) -> list[str]:
-        """The depth attentions in order, by the sublayer that each feeds. The first sublayer has none."""
-        sublayers = [f"layer {i} {kind}" for i in range(self.num_hidden_layers) for kind in ("attention", "MLP")]
-        return [*sublayers[1:], "output"]
-
-    @property
-    def depth_source_names(self) -> list[str]:
-        """The sources in order. A depth attention has the first of them, as many as `depth_attention_sources` says."""
-        layers, size = self.num_hidden_layers, self.attn_res_block_size
-        if self.attn_res_type == "full":
-            return ["embedding", *(f"layer {i} {kind}" for i in range(layers) for kind in ("attention", "MLP"))]
-        blocks = [(first, min(first + size, layers) - 1) for first in range(0, layers, size)]
-        return ["embedding", *(f"layers {a}-{b}" if a < b else f"layer {a}" for a, b in blocks)]
-
-    @property
-    def depth_attention_sources(self) -> list[int]:
-        """How many sources each depth attention has, in the order of `depth_attention_names`."""
-        layers, size = self.num_hidden_layers, self.attn_res_block_size
-        if self.attn_res_type == "full":
-            return list(range(2, 2 * layers + 2))
-        # A block's first attention sees the finished blocks only, every other sublayer the running one too
-        attention = [1 + ceil(i / size) for i in range(layers)]
-        mlp = [2 + i // size for i in range(layers)]
-        return [*(count for pair in zip(attention, mlp) for count in pair), len(self.depth_source_names)][1:]
-
     def _own_items(self) -> dict[str, Any]:
         return {**{name: getattr(self, name) for name in ATTN_RES_FIELDS}, "model_type": self.model_type}
 
@@ -236,48 +201,8 @@ class AttnResConfig(PreTrainedConfig):
 
     def validate_attn_res(self):
         """Part of `@strict`-powered validation: AttnRes fields that depend on others."""
-        if self.attn_res_block_size is None or not 1 <= self.attn_res_block_size <= max(self.num_hidden_layers, 1):
-            raise ValueError(
-                f"`attn_res_block_size` is {self.attn_res_block_size}, but a block has between 1 and "
-                f"`num_hidden_layers` = {self.num_hidden_layers} decoder layers."
-            )
+        if self.attn_res_block_size is None or self.attn_res_block_size < 1:
+            raise ValueError(f"`attn_res_block_size` is {self.attn_res_block_size}, but a block has at least 1 layer.")
         for name in ("attn_res_norm_eps", "attn_res_temperature"):
             if not 0 < getattr(self, name) < inf:
                 raise ValueError(f"`{name}` is {getattr(self, name)}, but it has to be between 0 and infinity.")
-
-
-def _unsupported_base_message(base_model_type: str) -> str:
-    supported = f"Supported: {', '.join(SUPPORTED_BASE_MODEL_TYPES)}."
-    if base_model_type not in CONFIG_MAPPING:
-        return (
-            f"`base_model_type` is {base_model_type!r}, but this version of transformers has no such model. {supported}"
-        )
-    message = f"`base_model_type` is {base_model_type!r}, which AttnRes does not support. {supported}"
-    try:
-        differences = _decoder_layer_differences(base_model_type)
-    except Exception as error:  # noqa: BLE001  some models cannot be built from their defaults; the refusal stands
-        return f"{message} Its decoder could not be inspected: {error}"
-    if not differences:
-        return f"{message} Its decoder layer has the parts of Llama's, but is not known to compute the same."
-    return f"{message} Its decoder layer differs from Llama's: {'; '.join(differences)}."
-
-
-def _decoder_layer_differences(base_model_type: str) -> list[str]:
-    """The parts in which the last decoder layer of a model differs from Llama's."""
-    llama, parts = _decoder_layer_parts("llama"), _decoder_layer_parts(base_model_type)
-    if not parts:
-        return ["the model has no `layers`"]
-    differences = [f"no `{name}`" for name in llama if name not in parts]
-    return differences + [f"a `{name}` ({kind})" for name, kind in parts.items() if name not in llama]
-
-
-def _decoder_layer_parts(model_type: str) -> dict[str, str]:
-    """The names of the last decoder layer's modules and of their classes."""
-    import torch
-    from transformers import AutoModel
-
-    with torch.device("meta"):
-        model = AutoModel.from_config(CONFIG_MAPPING[model_type]())
-    if not hasattr(model, "layers"):
-        return {}
-    return {name: type(part).__name__ for name, part in model.layers[-1].named_children()}

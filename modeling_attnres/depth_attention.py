@@ -82,30 +82,6 @@ def choose_implementation(name: str, source: torch.Tensor):
     return streaming_depth_attention if name == "eager" else compiled_depth_attention
 
 
-class DepthAttentionWeights(nn.Module):
-    """
-    The weights alone, which no operator gives beside its output. A module of its own, called when they are asked for,
-    since transformers records what modules give.
-    """
-
-    def forward(
-        self,
-        query: torch.Tensor,
-        key_norm: torch.Tensor,
-        sources: tuple[torch.Tensor, ...],
-        eps: float,
-        mask: list[bool] | None = None,
-    ) -> torch.Tensor:
-        """`(batch, sequence, sources)`, in float32 or float64, of the `sources` that a `mask` leaves."""
-        dtype = torch.promote_types(sources[0].dtype, torch.float32)
-        query, key_norm, values = (tensor.to(dtype) for tensor in (query, key_norm, torch.stack(sources)))
-        weights = depth_attention_weights(query, key_norm, values, eps)
-        if mask is not None:
-            kept = iter(weights)
-            weights = torch.stack([next(kept) if attended else torch.zeros_like(weights[0]) for attended in mask])
-        return weights.movedim(0, -1)
-
-
 class DepthAttention(nn.Module):
     r"""
     Depth attention of one sublayer. Its query and the weight of its key norm are parameters of this very module, so
@@ -123,35 +99,29 @@ class DepthAttention(nn.Module):
         self.temperature = config.attn_res_temperature
         self.query = nn.Parameter(torch.zeros(config.hidden_size))
         self.key_norm = nn.Parameter(torch.ones(config.hidden_size))
-        self.weights = DepthAttentionWeights()
 
-    def forward(
-        self, *sources: torch.Tensor, mask: list[bool] | None = None, output_weights: bool = False
-    ) -> torch.Tensor:
+    def forward(self, *sources: torch.Tensor) -> torch.Tensor:
         r"""
         The sources become one tensor. See [`depth_attention`].
 
         Args:
             sources (`torch.Tensor` of shape `(batch, sequence, hidden_size)`): the `vᵢ`.
-            mask (`list[bool]`, *optional*):
-                which of them to attend over. The others are as if they were not there: weight 0, the softmax over
-                what is left, and `"sum"` scaling counts what is left.
-            output_weights (`bool`, *optional*, defaults to `False`): compute the weights too, for who records them.
 
         Returns:
             `torch.Tensor` of shape `(batch, sequence, hidden_size)`.
         """
-        if mask is not None:
-            mask = mask[: len(sources)]
-            sources = tuple(source for source, attended in zip(sources, mask) if attended)
         query = self.query
         if self.temperature != 1.0:
             # Logits are float32, so what they are made of is not rounded to less
             query = query.to(torch.promote_types(query.dtype, torch.float32)) / self.temperature
-        if output_weights:
-            self.weights(query, self.key_norm, sources, self.eps, mask)
         attend = choose_implementation(self.config.attn_res_implementation, sources[0])
         return attend(query, self.key_norm, sources, self.scale, self.eps)
+
+    def attention_weights(self, *sources: torch.Tensor) -> torch.Tensor:
+        """`(batch, sequence, sources)` in float32, or float64."""
+        dtype = torch.promote_types(sources[0].dtype, torch.float32)
+        query, key_norm, values = (t.to(dtype) for t in (self.query, self.key_norm, torch.stack(sources)))
+        return depth_attention_weights(query / self.temperature, key_norm, values, self.eps).movedim(0, -1)
 
     def extra_repr(self) -> str:
         return f"{self.query.shape[0]}, scale={self.scale!r}, eps={self.eps}, temperature={self.temperature}"

@@ -1,0 +1,104 @@
+# Copyright 2026 The modeling_attnres authors. Licensed under the Apache License, Version 2.0.
+"""Recording and masking depth attention with hooks. They work on any model that contains depth attentions: every head, in
+`generate`, under DDP, with PEFT, and on remote code."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import nn
+
+
+def depth_attentions(model: nn.Module) -> dict[str, nn.Module]:
+    r"""
+    The depth attentions of a model in the order of their calls, by names like `"layer 3 attention"`, `"layer 3 MLP"` and
+    `"output"`. The first read of a layer is named after its attention, although parallel sublayers share it. With PEFT,
+    these are the modules in use.
+    """
+    modules = {}
+    for layer in decoder_layers(model):
+        for name in (*layer.read_names, *(["output_res"] if layer.output_res is not None else [])):
+            module = getattr(layer, name)
+            if hasattr(module, "modules_to_save"):
+                module = module.modules_to_save[module.active_adapters[0]] if module.active_adapters else module
+            kind = {"self_attention_res": "attention", "mlp_res": "MLP"}.get(name, name.removesuffix("_res"))
+            modules["output" if name == "output_res" else f"layer {layer.layer_idx} {kind}"] = module
+    return modules
+
+
+def decoder_layers(model: nn.Module) -> list[nn.Module]:
+    """The decoder layers, recognized by their attributes, since the classes of remote code are its own."""
+    layers = [module for module in model.modules() if hasattr(module, "read_names") and hasattr(module, "output_res")]
+    if not layers:
+        raise ValueError(f"The model is a {type(model).__name__}, which has no depth attention.")
+    return layers
+
+
+def depth_sources(model: nn.Module) -> list[str]:
+    """The names of the sources in order. A depth attention attends over the first of them, as many as exist by then."""
+    layers = decoder_layers(model)
+    if layers[0].is_full:
+        kinds = ("attention", "MLP", "second MLP", "third MLP", "fourth MLP")
+        outputs = [f"layer {i} {kinds[k]}" for i, layer in enumerate(layers) for k in range(layer.num_outputs)]
+        return ["embedding", *outputs]
+    first = [layer.layer_idx for layer in layers if layer.is_block_boundary]
+    last = [*(layer_idx - 1 for layer_idx in first[1:]), len(layers) - 1]
+    return ["embedding", *(f"layers {a}-{b}" if a < b else f"layer {a}" for a, b in zip(first, last))]
+
+
+@contextmanager
+def recorded_weights(model: nn.Module) -> Iterator[dict[str, list[torch.Tensor]]]:
+    r"""
+    Records the weights `α` of every depth attention in the forward passes within the block.
+
+    Yields:
+        `dict[str, list[torch.Tensor]]`: for each depth attention (see [`depth_attentions`]) a float32 tensor of shape
+        `(batch, sequence, sources)` per forward pass.
+
+    ```python
+    >>> with recorded_weights(model) as weights:
+    ...     model(**inputs)
+    >>> weights["layer 3 MLP"][0].mean((0, 1))
+    ```"""
+    weights = {}
+    with ExitStack() as hooks:
+        for name, module in depth_attentions(model).items():
+            recorded = weights[name] = []
+
+            def record(module, sources, output, recorded=recorded):
+                recorded.append(module.attention_weights(*sources))
+
+            hooks.callback(module.register_forward_hook(record).remove)
+        yield weights
+
+
+@contextmanager
+def masked_sources(model: nn.Module, mask: torch.BoolTensor) -> Iterator[None]:
+    r"""
+    Takes sources out of depth attentions in the forward passes within the block, as if they did not exist: the softmax
+    covers the remaining ones, and `"sum"` scaling counts them.
+
+    Args:
+        model (`nn.Module`): a model with depth attentions.
+        mask (`torch.BoolTensor` of shape `(depth attentions, sources)`):
+            rows as in [`depth_attentions`], columns as in [`depth_sources`]. `False` takes a source out.
+
+    Raises:
+        `ValueError`: the mask has another shape or dtype, or leaves a depth attention without sources.
+    """
+    modules = depth_attentions(model)
+    expected = (len(modules), len(depth_sources(model)))
+    if mask.dtype != torch.bool or mask.shape != expected:
+        raise ValueError(f"`mask` is {mask.dtype} of shape {tuple(mask.shape)}, but must be torch.bool of {expected}.")
+
+    with ExitStack() as hooks:
+        for (name, module), row in zip(modules.items(), mask.tolist()):
+
+            def drop(module, sources, name=name, row=row):
+                kept = tuple(source for source, is_kept in zip(sources, row) if is_kept)
+                if not kept:
+                    raise ValueError(f"`mask` leaves {name!r} none of its {len(sources)} sources.")
+                return kept
+
+            hooks.callback(module.register_forward_pre_hook(drop).remove)
+        yield
