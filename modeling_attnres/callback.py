@@ -1,29 +1,30 @@
 # Copyright 2026 The modeling_attnres authors. Licensed under the Apache License, Version 2.0.
-"""A callback for Trainer that shows routing form while a model trains. It does not travel with checkpoints."""
+"""A Trainer callback that logs depth attention during training."""
+
+from contextlib import ExitStack
 
 import torch
 from transformers import Trainer, TrainerCallback
 
-from .depth_attention import DepthAttention
+from .probing import depth_attentions, recorded_weights
 
 
 class DepthAttentionCallback(TrainerCallback):
     r"""
-    Logs how evenly depth attention looks and how far its queries are from zero, whenever Trainer logs, to whatever
-    Trainer reports to.
+    Logs the entropy of the depth attention weights and the norms of the queries whenever Trainer logs.
 
-    - `depth_attention/entropy`: the weights' entropy over that of equal weights, mean over tokens and sublayers. 1 at
-      zero queries; 0 where every sublayer takes one source alone.
-    - `depth_attention/least_entropy`: that of the most decided sublayer.
-    - `depth_attention/query_norm`, `depth_attention/largest_query_norm`: mean and largest norm of the queries.
+    - `depth_attention/1-entropy`: 1 minus the entropy of the weights over that of equal weights, mean over tokens and
+      depth attentions. 0 at zero queries; 1 if every depth attention takes a single source.
+    - `depth_attention/max_1-entropy`: that of the most selective depth attention.
+    - `depth_attention/query_norm`, `depth_attention/max_query_norm`: mean and max norm of the queries.
 
-    The weights are those of one batch, the first of the evaluation data or else of the training data, which is the
-    same each time. A forward pass without gradients is what it costs; training itself is not touched. Where the
-    queries are sharded (DeepSpeed ZeRO-3, FSDP1), their norms are those of what lies on the first device.
+    The weights are those of one batch, the first of the evaluation data or else of the training data, which is the same
+    each time. The cost is a forward pass without gradients; training is not affected. If the queries are sharded
+    (DeepSpeed ZeRO-3, FSDP1), the norms are those of the first device's part.
 
     Args:
-        trainer ([`Trainer`]): the trainer that it is added to.
-        per_sublayer (`bool`, *optional*, defaults to `False`): log both numbers for each sublayer too.
+        trainer ([`Trainer`]): the trainer that the callback is added to.
+        per_sublayer (`bool`, *optional*, defaults to `False`): log both numbers for each depth attention too.
 
     ```python
     >>> from modeling_attnres.callback import DepthAttentionCallback
@@ -36,11 +37,7 @@ class DepthAttentionCallback(TrainerCallback):
     """
 
     def __init__(self, trainer: Trainer, per_sublayer: bool = False):
-        if not any(isinstance(module, DepthAttention) for module in trainer.model.modules()):
-            raise ValueError(
-                f"The trainer's model is a {type(trainer.model).__name__}, which has no depth "
-                "attention; of remote code, import modeling_attnres before you load it."
-            )
+        depth_attentions(trainer.model)
         self.trainer = trainer
         self.per_sublayer = per_sublayer
         self.inputs = {}
@@ -50,7 +47,7 @@ class DepthAttentionCallback(TrainerCallback):
         if isinstance(dataset, dict):
             dataset = next(iter(dataset.values()))
         dataset = self.trainer.train_dataset if dataset is None else dataset
-        # A data loader draws a seed, and the training has to draw what it would draw without
+        # A data loader draws a seed, which must not change the training's random numbers
         with torch.random.fork_rng(devices=[]):
             self.inputs = next(iter(self.trainer.get_eval_dataloader(dataset)))
         self.log()
@@ -58,46 +55,49 @@ class DepthAttentionCallback(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if control.should_log:
             self.log()
-            # Logging takes it back, and Trainer has its own numbers to log yet
+            # `log` resets it, but Trainer has yet to log its own metrics
             control.should_log = True
 
     on_epoch_end = on_step_end
 
     def log(self) -> None:
-        """Measures, and hands the numbers to Trainer."""
-        names, entropies, norms = self.measure()
+        """Measures, and passes the numbers to Trainer."""
+        selectivity, norms = self.measure()
         logs = {
-            "depth_attention/entropy": sum(entropies) / len(entropies),
-            "depth_attention/least_entropy": min(entropies),
-            "depth_attention/query_norm": sum(norms) / len(norms),
-            "depth_attention/largest_query_norm": max(norms),
+            "depth_attention/1-entropy": sum(selectivity.values()) / len(selectivity),
+            "depth_attention/max_1-entropy": max(selectivity.values()),
+            "depth_attention/query_norm": sum(norms.values()) / len(norms),
+            "depth_attention/max_query_norm": max(norms.values()),
         }
         if self.per_sublayer:
-            for name, entropy, norm in zip(names, entropies, norms):
-                logs[f"depth_attention_entropy/{name.replace(' ', '_')}"] = entropy
-                logs[f"depth_attention_query_norm/{name.replace(' ', '_')}"] = norm
-        self.trainer.log(logs)
+            for name in norms:
+                logs[f"depth_attention_1-entropy/{name.replace(' ', '_')}"] = selectivity[name]
+                logs[f"depth_attention_query_norm/{name.replace(' ', '_')}"] = norms[name]
+        # Not by the trainer's `log`, where TRL's trainers empty their own metrics into this row
+        Trainer.log(self.trainer, logs)
 
     @torch.no_grad()
-    def measure(self) -> tuple[list[str], list[float], list[float]]:
-        """Names, mean entropies and query norms of the depth attentions."""
+    def measure(self) -> tuple[dict[str, float], dict[str, float]]:
+        """For each depth attention, 1 minus the mean entropy of its weights, and the norm of its query."""
         model = self.trainer.model_wrapped
         was_training = model.training
         model.eval()
-        # Of the modules that are called: PEFT keeps others beside them
-        norms = []
-        hooks = [
-            module.register_forward_pre_hook(lambda module, _: norms.append(module.query.float().norm().item()))
-            for module in model.modules()
-            if isinstance(module, DepthAttention)
-        ]
-        weights = model(**self.inputs, output_depth_attentions=True)["depth_attentions"]
-        for hook in hooks:
-            hook.remove()
+        norms = {}
+        with ExitStack() as hooks:
+            for name, module in depth_attentions(model).items():
+                # Within the forward, where sharded parameters are whole
+                def record(module, _, name=name):
+                    norms[name] = module.query.float().norm().item()
+
+                hooks.callback(module.register_forward_pre_hook(record).remove)
+            weights = hooks.enter_context(recorded_weights(model))
+            model(**self.inputs)
         model.train(was_training)
-        mask = self.inputs.get("attention_mask", torch.ones_like(weights[0][..., 0])).bool()
-        # Prompt tuning puts virtual tokens before the batch's
-        weights = [w[:, -mask.shape[1] :] for w in weights]
-        entropies = [(w.xlogy(w).sum(-1) / -torch.tensor(w.shape[-1]).log())[mask].mean().item() for w in weights]
-        config = self.trainer.accelerator.unwrap_model(model).config
-        return config.depth_attention_names, entropies, norms
+        selectivity = {}
+        for name, (w,) in weights.items():
+            mask = self.inputs.get("attention_mask", torch.ones_like(w[..., 0])).bool()
+            # Prompt tuning puts virtual tokens before the batch's
+            w = w[:, -mask.shape[1] :].double()
+            entropy = w.xlogy(w).sum(-1) / -torch.tensor(w.shape[-1]).log()
+            selectivity[name] = 1 - entropy[mask].mean().item()
+        return selectivity, norms

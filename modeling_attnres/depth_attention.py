@@ -97,8 +97,9 @@ class DepthAttention(nn.Module):
         self.scale = config.attn_res_scale
         self.eps = config.attn_res_norm_eps
         self.temperature = config.attn_res_temperature
-        self.query = nn.Parameter(torch.zeros(config.hidden_size))
-        self.key_norm = nn.Parameter(torch.ones(config.hidden_size))
+        # In float32 in half precision models too, since bfloat16 has no number between 1 and 1.008
+        self.query = nn.Parameter(torch.zeros(config.hidden_size, dtype=torch.float32))
+        self.key_norm = nn.Parameter(torch.ones(config.hidden_size, dtype=torch.float32))
 
     def forward(self, *sources: torch.Tensor) -> torch.Tensor:
         r"""

@@ -8,6 +8,7 @@ keeps the sublayers' outputs apart, and a submodule that is called with the stre
 """
 
 import inspect
+import operator
 from collections.abc import Callable, Iterator
 from functools import cache
 from itertools import repeat
@@ -53,6 +54,15 @@ BASE_CLASS_ATTRIBUTES = (
     "_supports_flex_attn",
     "_supports_sdpa",
 )
+
+
+ADDITIONS = {torch.add, *(getattr(torch.Tensor, n) for n in ("add", "__add__", "__radd__")), operator.add, operator.iadd}
+MULTIPLICATIONS = {
+    torch.mul,
+    *(getattr(torch.Tensor, n) for n in ("mul", "__mul__", "__rmul__")),
+    operator.mul,
+    operator.imul,
+}
 
 
 class ResidualStream:
@@ -121,11 +131,11 @@ class ResidualStream:
     def __torch_function__(cls, function: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None):
         # Reached by `tensor + stream` and, under a compiler, by `stream + tensor`. The methods are called by name, since
         # `+` would come back here
-        name = getattr(function, "__name__", str(function)).strip("_")
-        if name in ("add", "radd", "iadd"):
+        if function in ADDITIONS:
             return args[0].__add__(args[1]) if isinstance(args[0], cls) else args[1].__add__(args[0])
-        if name in ("mul", "rmul", "imul"):
+        if function in MULTIPLICATIONS:
             return args[0].__mul__(args[1]) if isinstance(args[0], cls) else args[1].__mul__(args[0])
+        name = getattr(function, "__name__", function)
         raise TypeError(f"a residual stream can be added to, scaled and given to submodules, but not used in `{name}`")
 
     def __getattr__(self, name: str):
@@ -280,17 +290,24 @@ class AttnResDecoderLayer(OverBase, GradientCheckpointingLayer):
                 "`--tensor-parallel-size N --pipeline-parallel-size 1`)."
             )
         sources = hidden_states.sources if is_stream else (hidden_states,)
-        outputs = super().__call__(*sources, **dict(zip(self.argument_names, args)), **kwargs)
-        num_sources = len(outputs) - self.num_extras
-        hidden_states = ResidualStream(outputs[:num_sources]) if self.output_res is None else outputs[0]
-        return (hidden_states, *outputs[num_sources:]) if self.num_extras else hidden_states
+        _, output, *outputs = super().__call__(*sources, **dict(zip(self.argument_names, args)), **kwargs)
+        extras, sources = outputs[: self.num_extras], tuple(outputs[self.num_extras :])
+        hidden_states = ResidualStream(sources) if output is None else output
+        return (hidden_states, *extras) if extras else hidden_states
 
-    def forward(self, *sources: torch.Tensor, **kwargs) -> tuple[torch.Tensor, ...]:
+    def forward(self, *sources: torch.Tensor, **kwargs) -> tuple[torch.Tensor | None, ...]:
+        """
+        Returns:
+            `tuple[torch.Tensor | None, ...]`: the layer's first read and, in the last layer, the input of the final
+            norm, both for `output_hidden_states`; the base layer's results beside the stream; the sources.
+        """
         reads = iter([getattr(self, name) for name in self.read_names])
-        stream = ResidualStream(sources, reads, self.is_block_boundary, self.is_full)
-        output = self.base_forward(Reader(self, call), stream, **kwargs)
+        first = ResidualStream(sources, reads, self.is_block_boundary, self.is_full)
+        output = self.base_forward(Reader(self, call), first, **kwargs)
         stream, *extras = output if isinstance(output, tuple) else (output,)
-        return (*(stream.sources if self.output_res is None else (self.output_res(*stream.sources),)), *extras)
+        if self.output_res is not None:
+            return first.value, self.output_res(*stream.sources), *extras
+        return first.value, None, *extras, *stream.sources
 
 
 class AttnResPreTrainedModel(PreTrainedModel):
@@ -329,7 +346,8 @@ class AttnResOverBase(OverBase, AttnResPreTrainedModel):
     @classmethod
     def _make_class(cls, base_class: type, **kwargs) -> type:
         attributes = {name: getattr(base_class, name) for name in BASE_CLASS_ATTRIBUTES}
-        return super()._make_class(base_class, **attributes, **kwargs)
+        in_float32 = [*(base_class._keep_in_fp32_modules_strict or []), *READ_NAMES, "output_res"]
+        return super()._make_class(base_class, _keep_in_fp32_modules_strict=in_float32, **attributes, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
@@ -370,11 +388,8 @@ class AttnResModel(AttnResOverBase):
         mapping = get_checkpoint_conversion_mapping(base_class.config_class.model_type)
         if mapping is not None:
             register_checkpoint_conversion_mapping(name, [without_wildcards(entry) for entry in mapping], overwrite=True)
-        recorders = {
-            # The embedding, the input of each further layer's attention, and that of the final norm
-            "hidden_states": [OutputRecorder(DepthAttention, layer_name=name) for name in (READ_NAMES[0], "output_res")]
-        }
-        recorded = {**(base_class._can_record_outputs or {}), **recorders}
+        recorders = [OutputRecorder(AttnResDecoderLayer, i, capture_initial_hidden_state=False) for i in (0, 1)]
+        recorded = {**(base_class._can_record_outputs or {}), "hidden_states": recorders}
         return super()._make_class(base_class, name=name, _can_record_outputs=recorded)
 
 

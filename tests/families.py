@@ -37,6 +37,7 @@ FAMILIES = {
     "nemotron": {"norm_eps": 1e-5},
     "olmo": {"clip_qkv": 2.0},
     "starcoder2": {"sliding_window": 8},
+    "cohere": {},
     "deepseek_v3": {**GROUPED, **LATENT, "num_key_value_heads": 4, "first_k_dense_replace": 1},
     "dots1": {**GROUPED, "first_k_dense_replace": 1, "sliding_window": 6, "max_window_layers": 2},
     "glm4_moe": {**GROUPED, "head_dim": 8, "first_k_dense_replace": 1, "use_qk_norm": True},

@@ -77,5 +77,5 @@ def reference_logits(base, attnres, input_ids):
             hidden_states = depth_attend(res.layers[i].mlp_res, [*blocks, partial], config.attn_res_scale)
             partial = partial + mlp(i, hidden_states)
         sources = [*blocks, partial]
-    hidden_states = decoder.norm(depth_attend(res.output_res, sources, config.attn_res_scale))
+    hidden_states = decoder.norm(depth_attend(res.layers[-1].output_res, sources, config.attn_res_scale))
     return base.lm_head(hidden_states) / getattr(config, "logits_scaling", 1.0)

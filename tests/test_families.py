@@ -11,7 +11,6 @@ from safetensors.torch import load_file
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from attnres_conversion import retrofit, verify
-from modeling_attnres.configuration_attnres import SUPPORTED_BASE_MODEL_TYPES
 
 
 SHAPES = [{"attn_res_block_size": size} for size in (1, 2, 3)] + [{"attn_res_type": "full"}]
@@ -21,8 +20,6 @@ each_shape = pytest.mark.parametrize("shape", SHAPES, ids=["1", "2", "3", "full"
 
 
 def test_each_supported_family_is_tested():
-    assert {family for family in SUPPORTED_BASE_MODEL_TYPES if family in CONFIG_MAPPING} == FAMILIES.keys()
-    assert list(families.DESCRIPTIONS) == list(SUPPORTED_BASE_MODEL_TYPES)
     assert families.table() in (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 
 

@@ -53,7 +53,7 @@ def run_isolated(script, folder, work, **tensors):
 FORWARD = """
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 headless = AutoModel.from_pretrained(folder, trust_remote_code=True)
-assert type(model).__name__ == "AttnResForCausalLM" and type(headless).__name__ == "AttnResModel"
+assert type(model).__name__ == "AttnResForCausalLM" and type(headless).__name__.startswith("AttnRes")
 assert "transformers_modules" in type(model).__module__
 ids = data["input_ids"]
 with torch.no_grad():

@@ -1,0 +1,146 @@
+"""Recorded weights, and depth attention with sources masked out, by hooks."""
+
+import pytest
+import torch
+from conftest import FAMILIES, attnres_of, randomise_depth_attention, tiny_base
+from peft import LoraConfig, get_peft_model
+from test_heads import HEADS, base_with_head
+
+from modeling_attnres import ATTN_RES_MODULES, AttnResConfig
+from modeling_attnres.probing import depth_attentions, depth_sources, masked_sources, recorded_weights
+
+
+BLOCK, FULL = {"attn_res_block_size": 2}, {"attn_res_type": "full"}
+both_types = pytest.mark.parametrize("attn_res", [BLOCK, FULL], ids=["block", "full"])
+# Of five layers
+NAMES = [f"layer {i} {kind}" for i in range(5) for kind in ("attention", "MLP")][1:] + ["output"]
+BLOCK_SOURCES = ["embedding", "layers 0-1", "layers 2-3", "layer 4"]
+FULL_SOURCES = ["embedding"] + [f"layer {i} {kind}" for i in range(5) for kind in ("attention", "MLP")]
+
+
+def trained(family, **attn_res):
+    return randomise_depth_attention(attnres_of(tiny_base(family), **attn_res))
+
+
+def formula(module, sources, mask=None):
+    """The weights in float64, from the definition, with -inf as the logit of a masked source."""
+    values = torch.stack(sources, -2).double()
+    keys = values / (values.pow(2).mean(-1, keepdim=True) + module.eps).sqrt() * module.key_norm.double()
+    logits = keys @ module.query.double() / module.temperature
+    if mask is not None:
+        logits = logits.masked_fill(~mask[: len(sources)], -torch.inf)
+    return logits.softmax(-1), values
+
+
+def all_but_one_in_each_row(model):
+    mask = torch.ones(len(depth_attentions(model)), len(depth_sources(model)), dtype=torch.bool)
+    mask[torch.arange(len(mask)), torch.arange(len(mask)) % 2] = False
+    return mask
+
+
+@both_types
+@pytest.mark.parametrize("family", ["llama", "mixtral", "qwen3_next"])
+@torch.no_grad()
+def test_recorded_weights_are_the_formula_s(family, attn_res, tokens):
+    model = trained(family, **attn_res)
+    assert list(depth_attentions(model)) == NAMES
+    assert depth_sources(model) == (BLOCK_SOURCES if attn_res is BLOCK else FULL_SOURCES)
+    sources = []
+    for module in depth_attentions(model).values():
+        module.register_forward_pre_hook(lambda module, args: sources.append((module, args)))
+    with recorded_weights(model) as weights:
+        logits = model(**tokens).logits
+    assert len(sources) == len(NAMES)
+    for name, (module, args) in zip(NAMES, sources):
+        (recorded,) = weights[name]
+        assert recorded.dtype == torch.float32
+        torch.testing.assert_close(recorded.double(), formula(module, args)[0], rtol=0, atol=1e-6)
+    assert torch.equal(logits, model(**tokens).logits), "recording changes nothing"
+
+
+@both_types
+@pytest.mark.parametrize("scale", ["sum", "mean"])
+@torch.no_grad()
+def test_a_masked_source_is_as_if_it_did_not_exist(scale, attn_res, tokens):
+    model = trained("llama", attn_res_scale=scale, **attn_res)
+    mask = all_but_one_in_each_row(model)
+    calls = []
+    for row, module in zip(mask, depth_attentions(model).values()):
+        module.register_forward_pre_hook(lambda module, args, row=row: calls.append([module, args, row]))
+        module.register_forward_hook(lambda module, args, output: calls[-1].append(output))
+    with masked_sources(model, mask):
+        model(**tokens)
+    for module, sources, row, output in calls:
+        weights, values = formula(module, sources, row)
+        factor = row[: len(sources)].sum() if scale == "sum" else 1
+        expected = factor * (weights.unsqueeze(-1) * values).sum(-2)
+        torch.testing.assert_close(output.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_in_generate_weights_come_for_each_pass_and_masks_hold(tokens):
+    model = trained("llama", **BLOCK)
+    mask = all_but_one_in_each_row(model)
+    with recorded_weights(model) as weights:
+        output = model.generate(**tokens, max_new_tokens=4, do_sample=False)
+    assert [tuple(w.shape[:2]) for w in weights["output"]] == [(3, 17), (3, 1), (3, 1), (3, 1)]
+    with masked_sources(model, mask):
+        masked = model.generate(**tokens, max_new_tokens=4, do_sample=False)
+        logits = model(masked[:, :-1], attention_mask=torch.cat([tokens["attention_mask"], torch.ones(3, 3)], 1)).logits
+    assert torch.equal(logits[:, -4:].argmax(-1), masked[:, -4:]) and not torch.equal(masked, output)
+
+
+@pytest.mark.parametrize("head", HEADS)
+@torch.no_grad()
+def test_heads_are_recorded_too(head, tokens):
+    config = AttnResConfig.from_base_config(base_with_head(head).config, **BLOCK)
+    model = HEADS[head].from_config(config)
+    with recorded_weights(model) as weights:
+        model(**tokens)
+    assert list(weights) == NAMES and all(len(recorded) == 1 for recorded in weights.values())
+
+
+@torch.no_grad()
+def test_with_peft_the_trained_copies_are_recorded(tokens):
+    model = attnres_of(tiny_base("llama"), **BLOCK)
+    model = get_peft_model(model, LoraConfig(target_modules=["q_proj"], modules_to_save=ATTN_RES_MODULES))
+    for name, parameter in model.named_parameters():
+        if name.endswith("mlp_res.modules_to_save.default.query"):
+            parameter.normal_()
+    with recorded_weights(model) as weights:
+        model(**tokens)
+    assert weights["layer 2 MLP"][0].std() > 0.01 and weights["layer 2 attention"][0].std() < 1e-6
+
+
+def test_a_layer_with_parallel_sublayers_has_one_read(tokens):
+    model = trained("cohere", **FULL)
+    assert list(depth_attentions(model)) == [*(f"layer {i} attention" for i in range(1, 5)), "output"]
+    with recorded_weights(model) as weights:
+        model(**tokens)
+    assert [w.shape[-1] for (w,) in weights.values()] == [3, 5, 7, 9, 11]
+
+
+@pytest.mark.parametrize(
+    "make, words",
+    [
+        (lambda mask: mask.float(), "torch.float32"),
+        (lambda mask: mask[:, 1:], r"shape \(10, 3\).*\(10, 4\)"),
+        (lambda mask: mask.index_fill(0, torch.tensor([2]), False), "'layer 1 MLP' none of its 2"),
+    ],
+)
+def test_masks_that_do_not_fit_are_refused(make, words, tokens):
+    model = trained("llama", **BLOCK)
+    mask = torch.ones(10, 4, dtype=torch.bool)
+    with pytest.raises(ValueError, match=words), masked_sources(model, make(mask)):
+        model(**tokens)
+
+
+def test_a_model_without_depth_attention_is_refused():
+    with pytest.raises(ValueError, match="LlamaForCausalLM.*no depth attention"), recorded_weights(tiny_base("llama")):
+        pass
+
+
+def test_families_have_names_for_all_their_depth_attentions():
+    for family in FAMILIES:
+        model = attnres_of(tiny_base(family), **FULL)
+        assert len(depth_attentions(model)) == sum(type(m).__name__ == "DepthAttention" for m in model.modules())
