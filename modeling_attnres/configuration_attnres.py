@@ -139,7 +139,7 @@ class AttnResConfig(PreTrainedConfig):
     def __getattr__(self, name: str) -> Any:
         # Properties and class attributes of the base's configuration
         base_class = CONFIG_MAPPING[vars(self)["base_model_type"]] if "base_model_type" in vars(self) else None
-        if hasattr(base_class, name) and not name.startswith("__"):
+        if hasattr(base_class, vars(self).get("attribute_map", {}).get(name, name)) and not name.startswith("__"):
             return getattr(self._base_view(), name)
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 

@@ -43,6 +43,7 @@ TINY = {
     "eos_token_id": None,
 }
 # An older transformers lacks the newest
+OTHERS = [family for family in families.OTHERS if family in CONFIG_MAPPING]
 FAMILIES = {family: fields for family, fields in families.FAMILIES.items() if family in CONFIG_MAPPING}
 MIXTURES = [family for family, fields in FAMILIES.items() if "num_experts_per_tok" in fields]
 
@@ -58,7 +59,10 @@ AUTO_CLASSES = {
 
 
 def tiny_base_config(base_model_type, **fields):
-    return CONFIG_MAPPING[base_model_type](**{**TINY, **FAMILIES[base_model_type], **fields})
+    config_class = CONFIG_MAPPING[base_model_type]
+    if base_model_type in families.OTHERS:
+        return config_class(**families.other_fields(config_class().to_dict()), **fields)
+    return config_class(**{**TINY, **FAMILIES[base_model_type], **fields})
 
 
 def tiny_base(base_model_type, **fields):

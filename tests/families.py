@@ -1,6 +1,6 @@
-"""The supported families: what the tests give each, and the README's table.
-
-python tests/families.py
+"""
+The tested model types. `FAMILIES` get every test of test_families.py, with the fields that make each more than a Llama
+with another name. `OTHERS` are compared with their base.
 """
 
 LLAMA3_ROPE = {
@@ -22,7 +22,6 @@ MULTIPLIERS = {
     "attention_multiplier": 0.2,
     "logits_scaling": 3.0,
 }
-# What makes each family more than a Llama with another name
 FAMILIES = {
     "llama": {"rope_parameters": LLAMA3_ROPE, "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
     "mistral": {"sliding_window": 7},
@@ -37,7 +36,11 @@ FAMILIES = {
     "nemotron": {"norm_eps": 1e-5},
     "olmo": {"clip_qkv": 2.0},
     "starcoder2": {"sliding_window": 8},
-    "cohere": {},
+    # Parallel sublayers; norms before and after; norms after; recurrent blocks
+    "cohere": {"logit_scale": 0.5},
+    "gemma2": {"head_dim": 8, "sliding_window": 6, "query_pre_attn_scalar": 8},
+    "olmo2": {},
+    "recurrent_gemma": {"lru_width": 32, "attention_window_size": 8, "head_dim": 8},
     "deepseek_v3": {**GROUPED, **LATENT, "num_key_value_heads": 4, "first_k_dense_replace": 1},
     "dots1": {**GROUPED, "first_k_dense_replace": 1, "sliding_window": 6, "max_window_layers": 2},
     "glm4_moe": {**GROUPED, "head_dim": 8, "first_k_dense_replace": 1, "use_qk_norm": True},
@@ -61,39 +64,49 @@ FAMILIES = {
         },
     },
 }
-# Checkpoints of that family, and what is tested beside the common shape
-DESCRIPTIONS = {
-    "deepseek_v3": ("DeepSeek-V3, Kimi K2", "latent attention, grouped experts, a shared one"),
-    "dots1": ("dots.llm1", "experts, sliding window in some layers"),
-    "ernie4_5": ("ERNIE 4.5", "biases"),
-    "glm4_moe": ("GLM-4.5", "experts, query and key norms"),
-    "gpt_oss": ("gpt-oss", "experts with biases, attention sinks, sliding window in some layers"),
-    "granite": ("Granite 3", "multipliers of embedding, residual, attention and logits"),
-    "granitemoe": ("Granite 3 MoE", "the same multipliers, experts"),
-    "helium": ("Helium", "interleaved rope"),
-    "kimi_linear": ("Kimi Linear", "linear attention (KDA), latent attention without rope, experts"),
-    "llama": ("Llama 3, SmolLM2", "llama3 rope, biases, tied embeddings"),
-    "mistral": ("Mistral 7B", "sliding window"),
-    "mixtral": ("Mixtral", "experts, sliding window"),
-    "nemotron": ("Nemotron", "LayerNorm plus one, squared ReLU"),
-    "olmo": ("OLMo", "LayerNorm without weights, clipped projections"),
-    "olmoe": ("OLMoE", "experts, query and key norms"),
-    "phi3": ("Phi-3, Phi-4", "fused projections, dropout, long rope"),
-    "qwen2": ("Qwen2.5", "sliding window in some layers"),
-    "qwen2_moe": ("Qwen1.5-MoE", "experts, a shared one, dense layers between"),
-    "qwen3": ("Qwen3", "query and key norms"),
-    "qwen3_moe": ("Qwen3-MoE", "experts, dense layers between"),
-    "qwen3_next": ("Qwen3-Next", "linear attention (gated DeltaNet), gated attention, experts"),
-    "seed_oss": ("Seed-OSS", "biases"),
-    "smollm3": ("SmolLM3", "layers without rope"),
-    "starcoder2": ("StarCoder2", "LayerNorm, biases, sliding window, dropout of embeddings"),
+# Without a row of their own: a small configuration follows from `OTHER_FIELDS`
+OTHERS = """
+afmoe apertus arcee aria_text biogpt bitnet cohere2 cohere2_moe cwm diffllama ernie4_5_moe exaone exaone4 exaone_moe
+falcon flex_olmo flint gemma gemma3_text gemma4_text glm glm4 gpt2 gpt_bigcode gpt_neox granite_swa granitemoe_swa
+granitemoeshared hunyuan_v1_dense hunyuan_v1_moe hy_v3 hyperclovax inkling_text internlm3 iquestcoder jais2 jetmoe
+kolibri1 laguna lfm2 lfm3 llama4_text mellum mimo_v2_flash minimax_m2 minimax_m3_vl_text ministral ministral3
+modernbert-decoder moshi nanochat olmo3 persimmon phi phimoe stablelm vaultgemma xglm
+""".split()
+OTHER_FIELDS = {
+    "vocab_size": 99,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+    "moe_intermediate_size": 32,
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "moe_num_experts": 4,
+    "shared_expert_intermediate_size": 32,
+    "sliding_window": 8,
+    "moe_k": 2,
+    "n_shared_experts": 1,
 }
 
 
-def table() -> str:
-    rows = [f"| `{family}` | {models} | {special} |" for family, (models, special) in DESCRIPTIONS.items()]
-    return "\n".join(["| `base_model_type` | for instance | tested beside the common shape |", "|---|---|---|", *rows])
-
-
-if __name__ == "__main__":
-    print(table())
+def other_fields(defaults: dict) -> dict:
+    """The fields of `OTHER_FIELDS` that a configuration has, and layer types that all occur in four layers."""
+    fields = {name: value for name, value in OTHER_FIELDS.items() if name in defaults}
+    fields |= {name: OTHER_FIELDS[name] for name in ("vocab_size", "hidden_size", "num_hidden_layers")}
+    fields["num_attention_heads"] = OTHER_FIELDS["num_attention_heads"]
+    for name in ("layer_types", "mlp_layer_types"):
+        if isinstance(defaults.get(name), list):
+            kinds = list(dict.fromkeys(defaults[name]))
+            fields[name] = [kinds[i % len(kinds)] for i in range(4)]
+    return fields

@@ -9,6 +9,7 @@ from transformers import Trainer, TrainingArguments
 
 from modeling_attnres import ATTN_RES_MODULES
 from modeling_attnres.callback import DepthAttentionCallback
+from modeling_attnres.probing import recorded_weights
 
 
 def data(rows=16):
@@ -44,26 +45,27 @@ def test_tensorboard_shows_routing_form(tmp_path, monkeypatch):
     events = EventAccumulator(str(tmp_path / "runs"))
     events.Reload()
     series = {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
-    entropy, norm = series["train/depth_attention/entropy"], series["train/depth_attention/query_norm"]
-    assert [step for step, _ in entropy] == [0, 2, 4, 6] and [step for step, _ in series["train/loss"]] == [2, 4, 6]
-    assert entropy[0][1] == pytest.approx(1) and norm[0][1] == 0
-    assert norm[-1][1] > norm[1][1] > 0 and entropy[-1][1] < 0.999
+    selectivity, norm = series["train/depth_attention/1-entropy"], series["train/depth_attention/query_norm"]
+    assert [step for step, _ in selectivity] == [0, 2, 4, 6] and [step for step, _ in series["train/loss"]] == [2, 4, 6]
+    assert selectivity[0][1] == pytest.approx(0, abs=1e-6) and norm[0][1] == 0
+    assert norm[-1][1] > norm[1][1] > 0 and selectivity[-1][1] > 0.001
 
     # The last ones, from the model as it is now
     queries = {name: module.query for name, module in model.named_modules() if name.endswith("_res")}
     largest = max(query.norm().item() for query in queries.values())
-    assert series["train/depth_attention/largest_query_norm"][-1][1] == pytest.approx(largest, rel=1e-5)
+    assert series["train/depth_attention/max_query_norm"][-1][1] == pytest.approx(largest, rel=1e-5)
     ids = torch.stack([row["input_ids"] for row in data(4)])
-    with torch.no_grad():
-        weights = trainer.model.eval()(ids, output_depth_attentions=True).depth_attentions
-    expected = [
-        torch.distributions.Categorical(probs=w).entropy() / torch.tensor(float(w.shape[-1])).log() for w in weights
-    ]
-    assert entropy[-1][1] == pytest.approx(torch.stack([e.mean() for e in expected]).mean().item(), rel=1e-4)
-    for name, value in zip(model.config.depth_attention_names, expected):
-        logged = series[f"train/depth_attention_entropy/{name.replace(' ', '_')}"][-1][1]
-        assert logged == pytest.approx(value.mean().item(), rel=1e-4)
-    assert series["train/depth_attention/least_entropy"][-1][1] == pytest.approx(min(e.mean() for e in expected).item())
+    with torch.no_grad(), recorded_weights(trainer.model.eval()) as weights:
+        trainer.model(ids)
+    expected = {
+        name: 1 - (w.double().xlogy(w.double()).sum(-1) / -torch.tensor(float(w.shape[-1])).log()).mean().item()
+        for name, (w,) in weights.items()
+    }
+    assert selectivity[-1][1] == pytest.approx(sum(expected.values()) / len(expected), rel=1e-4)
+    for name, value in expected.items():
+        logged = series[f"train/depth_attention_1-entropy/{name.replace(' ', '_')}"][-1][1]
+        assert logged == pytest.approx(value, rel=1e-4)
+    assert series["train/depth_attention/max_1-entropy"][-1][1] == pytest.approx(max(expected.values()), rel=1e-4)
 
 
 def test_it_does_not_touch_the_training(tmp_path):
@@ -80,11 +82,11 @@ def test_padding_is_left_out(tmp_path):
     model = attnres_of(tiny_base("llama"), attn_res_block_size=2)
     trainer = train(model, tmp_path, steps=2)
     callback = next(c for c in trainer.callback_handler.callbacks if isinstance(c, DepthAttentionCallback))
-    _, expected, _ = callback.measure()
+    expected, _ = callback.measure()
     ids = torch.nn.functional.pad(callback.inputs["input_ids"], (5, 0))
     mask = torch.nn.functional.pad(torch.ones_like(callback.inputs["input_ids"]), (5, 0))
     callback.inputs = {"input_ids": ids, "attention_mask": mask}
-    assert callback.measure()[1] == pytest.approx(expected, rel=1e-4)
+    assert callback.measure()[0] == pytest.approx(expected, rel=1e-3)
 
 
 def test_a_model_without_depth_attention_is_refused(tmp_path):
@@ -98,17 +100,17 @@ def test_the_norms_are_those_of_the_queries_that_train(tmp_path):
     lora = LoraConfig(target_modules="all-linear", modules_to_save=ATTN_RES_MODULES)
     model = get_peft_model(attnres_of(tiny_base("llama")), lora)
     trainer = train(model, tmp_path, logging_strategy="epoch")
-    assert [row["step"] for row in trainer.state.log_history if "depth_attention/entropy" in row] == [0, 4, 6]
-    names, entropies, norms = next(
+    assert [row["step"] for row in trainer.state.log_history if "depth_attention/1-entropy" in row] == [0, 4, 6]
+    selectivity, norms = next(
         callback for callback in trainer.callback_handler.callbacks if isinstance(callback, DepthAttentionCallback)
     ).measure()
     trained = [p.norm().item() for name, p in model.named_parameters() if name.endswith("query") and p.requires_grad]
-    assert len(names) == len(entropies) == len(norms) == 10 and norms == pytest.approx(trained)
+    assert len(selectivity) == len(norms) == 10 and list(norms.values()) == pytest.approx(trained)
 
     prompt = get_peft_model(
         attnres_of(tiny_base("llama")), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
     )
     logged = train(prompt, tmp_path).state.log_history
-    assert [row["depth_attention/entropy"] for row in logged if "depth_attention/entropy" in row] == pytest.approx(
-        [1] * 4
+    assert [row["depth_attention/1-entropy"] for row in logged if "depth_attention/1-entropy" in row] == pytest.approx(
+        [0] * 4, abs=1e-6
     )
