@@ -139,6 +139,8 @@ class ResidualStream:
         raise TypeError(f"a residual stream can be added to, scaled and given to submodules, but not used in `{name}`")
 
     def __getattr__(self, name: str):
+        if name.startswith("__"):
+            raise AttributeError(name)
         raise TypeError(f"a residual stream can be added to, scaled and given to submodules, but it has no `{name}`")
 
     shape = property(lambda self: self.sources[0].shape)
@@ -193,14 +195,13 @@ class SymbolTracer(fx.proxy.GraphAppendingTracer):
         return False
 
 
-def trace(layer: nn.Module, forward: Callable) -> tuple[int, int, int]:
+def trace(layer: nn.Module, forward: Callable) -> tuple[int, int]:
     """
     Runs the forward of a base's decoder layer on symbols, without its submodules. This is the one place that determines
     how many depth attentions a layer has: one for each state of the stream that a submodule is called with.
 
     Returns:
-        `tuple[int, int, int]`: the numbers of reads, of outputs that are added to the stream, and of values that the
-        layer returns beside the stream.
+        `tuple[int, int]`: the numbers of reads, and of outputs that are added to the stream.
     """
     tracer, reads = SymbolTracer(fx.Graph()), []
 
@@ -213,10 +214,10 @@ def trace(layer: nn.Module, forward: Callable) -> tuple[int, int, int]:
     # Two sources, since a single one is read without a depth attention
     stream = ResidualStream((tracer.symbol(), tracer.symbol()), repeat(count), is_full=True)
     output = forward(Reader(layer, tracer.symbol), stream, **{name: tracer.symbol() for name in required})
-    stream, *extras = output if isinstance(output, tuple) else (output,)
+    stream = output[0] if isinstance(output, tuple) else output
     if not isinstance(stream, ResidualStream):
         raise TypeError("its result is not the residual stream")
-    return len(reads), len(stream.sources) - 2, len(extras)
+    return len(reads), len(stream.sources) - 2
 
 
 class OverBase:
@@ -266,7 +267,7 @@ class AttnResDecoderLayer(OverBase, GradientCheckpointingLayer):
 
     def add_depth_attention(self, config: AttnResConfig, layer_idx: int) -> None:
         try:
-            num_reads, self.num_outputs, self.num_extras = trace(self, self.base_forward)
+            num_reads, self.num_outputs = trace(self, self.base_forward)
         except Exception as error:
             raise ValueError(
                 f"`base_model_type` is {config.base_model_type!r}, but `{type(self).__bases__[1].__name__}` is not a "
@@ -290,24 +291,24 @@ class AttnResDecoderLayer(OverBase, GradientCheckpointingLayer):
                 "`--tensor-parallel-size N --pipeline-parallel-size 1`)."
             )
         sources = hidden_states.sources if is_stream else (hidden_states,)
-        _, output, *outputs = super().__call__(*sources, **dict(zip(self.argument_names, args)), **kwargs)
-        extras, sources = outputs[: self.num_extras], tuple(outputs[self.num_extras :])
-        hidden_states = ResidualStream(sources) if output is None else output
-        return (hidden_states, *extras) if extras else hidden_states
+        _, output, others, *sources = super().__call__(*sources, **dict(zip(self.argument_names, args)), **kwargs)
+        hidden_states = ResidualStream(tuple(sources)) if output is None else output
+        return hidden_states if others is None else (hidden_states, *others)
 
-    def forward(self, *sources: torch.Tensor, **kwargs) -> tuple[torch.Tensor | None, ...]:
+    def forward(self, *sources: torch.Tensor, **kwargs) -> tuple:
         """
         Returns:
-            `tuple[torch.Tensor | None, ...]`: the layer's first read and, in the last layer, the input of the final
-            norm, both for `output_hidden_states`; the base layer's results beside the stream; the sources.
+            `tuple`: for `output_hidden_states`, the layer's first read and, in the last layer, the input of the final
+            norm; the base layer's other results, if it returns a tuple; the sources.
         """
         reads = iter([getattr(self, name) for name in self.read_names])
         first = ResidualStream(sources, reads, self.is_block_boundary, self.is_full)
         output = self.base_forward(Reader(self, call), first, **kwargs)
-        stream, *extras = output if isinstance(output, tuple) else (output,)
+        stream, *others = output if isinstance(output, tuple) else (output,)
+        others = others if isinstance(output, tuple) else None
         if self.output_res is not None:
-            return first.value, self.output_res(*stream.sources), *extras
-        return first.value, None, *extras, *stream.sources
+            return first.value, self.output_res(*stream.sources), others
+        return first.value, None, others, *stream.sources
 
 
 class AttnResPreTrainedModel(PreTrainedModel):

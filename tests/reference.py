@@ -1,5 +1,7 @@
 """AttnRes written directly from the paper, on the modules of an untouched base model: an oracle for the wiring."""
 
+import inspect
+
 import torch
 
 
@@ -67,7 +69,9 @@ def reference_hidden_states(base, attnres, input_ids):
     # `blocks` holds the embedding and the finished blocks, `partial` the running sum, as in the paper's listing
     hidden_states = calls[0][0][0]
     outputs, blocks, partial = [hidden_states], [], hidden_states
-    for i, (layer, (_, kwargs)) in enumerate(zip(decoder.layers, calls)):
+    for i, (layer, (args, kwargs)) in enumerate(zip(decoder.layers, calls)):
+        _, *names = inspect.signature(layer.forward).parameters
+        kwargs = {**dict(zip(names, args[1:])), **kwargs}
         reads = [getattr(attnres.model.layers[i], name, None) for name in ("self_attention_res", "mlp_res")]
         if i % config.attn_res_block_size == 0:
             blocks.append(partial)

@@ -85,7 +85,7 @@ def test_a_base_from_scratch_retrofitted_trained_on_and_generating(real_text, tm
     trained = AutoModelForCausalLM.from_pretrained(tmp_path / "trained")
     assert trained.config.model_type == "attnres"
     # Warm-up leaves one step of Adam, as long as the rate
-    assert trained.model.output_res.query.abs().max().item() == pytest.approx(5e-4, rel=1e-2)
+    assert trained.model.layers[-1].output_res.query.abs().max().item() == pytest.approx(5e-4, rel=1e-2)
 
     compared = (*arguments, "--eval-steps", 1, "--eval-blocks", 4, "--rates", 1e-3, "--attn-res-rates", 5e-4)
     compared += ("--save", tmp_path / "models", "--output", tmp_path / "compared.jsonl")
@@ -97,7 +97,7 @@ def test_a_base_from_scratch_retrofitted_trained_on_and_generating(real_text, tm
     assert len({round(loss, 5) for loss in (first[0], *last)}) == 6, "and goes its own way"
     for arm in ("attnres", "attnres-only", "lora-attnres"):
         model = AutoModelForCausalLM.from_pretrained(tmp_path / "models" / f"{arm}-0.001-0.0005-seed0")
-        assert (model.model.output_res.query != 0).any()
+        assert (model.model.layers[-1].output_res.query != 0).any()
         before, after = (
             AutoModelForCausalLM.from_pretrained(folder).model.layers[0].mlp.up_proj.weight
             for folder in (tmp_path / "base", model.name_or_path)
@@ -120,7 +120,7 @@ def test_a_base_from_scratch_retrofitted_trained_on_and_generating(real_text, tm
         )
         projections = [part for name, part in adapted.named_parameters() if "q_proj.lora_B" in name]
         assert len(projections) == (0 if trained else 3) and all((part != 0).any() for part in projections)
-        assert (adapted.merge_and_unload().model.output_res.query != 0).any()
+        assert (adapted.merge_and_unload().model.layers[-1].output_res.query != 0).any()
 
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "trained")
     inputs = AutoTokenizer.from_pretrained(tmp_path / "trained")("import", return_tensors="pt")
@@ -257,7 +257,7 @@ def test_which_queries():
     losses = [loss_with(kept, model, rows) for kept in (set(), attention, names)]
     assert losses[::2] == pytest.approx(expected, abs=1e-5)
     assert min(abs(losses[1] - losses[0]), abs(losses[1] - losses[2])) > 1e-3
-    model.model.output_res.query.data.zero_()
+    model.model.layers[-1].output_res.query.data.zero_()
     for name in names - attention:
         model.get_submodule(name).query.data.zero_()
     assert losses[1] == pytest.approx(model(rows, labels=rows).loss.item(), abs=1e-5)

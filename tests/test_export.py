@@ -1,13 +1,17 @@
 """A decoding step as a program of its own: by `torch.export`, and in ONNX by transformers' exporter."""
 
+import inspect
+
 import pytest
 import torch
 from conftest import attnres_of, randomise_depth_attention, tiny_base
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache, LlamaModel
 from transformers.integrations.executorch import TorchExportableModuleWithStaticCache
 
 from attnres_conversion import retrofit
-from modeling_attnres.modeling_attnres import CACHE_NAME
+
+
+CACHE_NAME = "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters else "past_key_values"
 
 
 @pytest.fixture(params=["block", "full", "SmolLM2"])

@@ -52,9 +52,9 @@ def test_parameter_groups_hold_each_trained_parameter_once():
     assert [group["weight_decay"] for group in (matrices, vectors, attn_res)] == [0.1, 0.0, 0.0]
 
     model.requires_grad_(False)
-    model.model.output_res.requires_grad_(True)
+    model.model.layers[-1].output_res.requires_grad_(True)
     (group,) = attn_res_parameter_groups(model, 1e-3)
-    assert group["params"] == [model.model.output_res.query, model.model.output_res.key_norm] and group["lr"] == 1e-3
+    assert group["params"] == [model.model.layers[-1].output_res.query, model.model.layers[-1].output_res.key_norm] and group["lr"] == 1e-3
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -92,7 +92,7 @@ def test_a_step_is_as_long_at_every_width(width, data, tmp_path):
     args = arguments(tmp_path, max_steps=1, learning_rate=2e-4, lr_scheduler_type="constant")
     Trainer(model, args, train_dataset=data).train()
     # The keys have unit RMS, so the largest logit is that of the key with the query's signs
-    query = model.model.output_res.query.detach()
+    query = model.model.layers[-1].output_res.query.detach()
     assert query.abs().sum().item() / model.config.attn_res_temperature == pytest.approx(128 * 2e-4, rel=1e-2)
 
 
