@@ -1,8 +1,8 @@
 """Learning curves and sweeps of what compare_training.py and pretrain.py wrote, as a picture and a Markdown table.
 
-    python examples/plot_training.py losses.jsonl --output losses.png
-    python examples/plot_training.py losses.jsonl --output losses.png --arms-by arm block_size
-    python examples/plot_training.py losses.jsonl --output losses.png --speed short.jsonl
+    python examples/experiments/plot_training.py losses.jsonl --output losses.png
+    python examples/experiments/plot_training.py losses.jsonl --output losses.png --arms-by arm block_size
+    python examples/experiments/plot_training.py losses.jsonl --output losses.png --speed short.jsonl
 
 Each arm is shown at its best: the setting with the least mean of final losses, of those with the most seeds.
 `--speed` takes how long a step is from short runs of the same arms, made turn by turn on a quiet machine.
@@ -42,7 +42,8 @@ def read(files: list[Path], arms_by: list[str]) -> dict[str, dict[tuple, dict[in
             # A model without Attention Residuals has no setting of them
             row = {name: value for name, value in row.items() if name not in ATTN_RES}
         arm = " ".join(str(row[name]) for name in arms_by if name in row)
-        setting = tuple((name, value) for name, value in row.items() if name not in (*MEASURED, *arms_by))
+        # Sorted: the order in which a script writes its fields makes no difference
+        setting = tuple(sorted((name, value) for name, value in row.items() if name not in (*MEASURED, *arms_by)))
         arms[arm][setting][row["seed"]] = row["losses"]
     return arms
 
@@ -133,8 +134,9 @@ def table(arms: dict[str, dict], settings: dict[str, tuple]) -> str:
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     bases = arms["base"][settings["base"]] if "base" in arms else {}
     for arm, setting in settings.items():
-        # Only what the arm was tried with more than one value of says anything; the rates always do
-        varied = [(n, v) for n, v in setting if n in RATES or len({dict(s).get(n) for s in arms[arm]}) > 1]
+        # The rates, and the other fields of which the arm has more than one value
+        others = [n for n, _ in setting if n not in RATES and len({dict(s).get(n) for s in arms[arm]}) > 1]
+        varied = [(n, dict(setting)[n]) for n in (*RATES, *others) if n in dict(setting)]
         runs = arms[arm][setting]
         differences, at_equal_time = [], []
         for seed in sorted(set(runs) & set(bases)) if arm != "base" else []:

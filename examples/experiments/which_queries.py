@@ -1,6 +1,6 @@
 """Which queries a trained retrofit owes its gain to: the loss on held-out text while only some of them are kept.
 
-    python examples/which_queries.py my-attnres-trained
+    python examples/experiments/which_queries.py my-attnres-trained
 
 The others are put back to zero, where they started. Key norms stay: without a query they do nothing.
 """

@@ -1,6 +1,6 @@
 """How many tokens a step needs before a gradient is more signal than noise: the queries' next to all other parameters'.
 
-    python examples/gradient_noise.py my-attnres
+    python examples/experiments/gradient_noise.py my-attnres
 
 The simple noise scale of McCandlish et al. (arXiv 1812.06162, appendix A.1), tr(Σ) / |G|², in tokens. In a batch of
 that size the noise is as long as the mean; Adam, which sees only their sum, makes steps of the same length of either.

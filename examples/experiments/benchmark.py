@@ -1,6 +1,6 @@
 """What AttnRes costs: a model with depth attention against its own base, side by side in one process.
 
-    python examples/benchmark.py --size hidden-1024 --sequence 512 --output figures.json
+    python examples/experiments/benchmark.py --size hidden-1024 --sequence 512 --output figures.json
 
 Base and AttnRes share their weights and take turns, A B C A B C. Time: the median over the rounds of the ratio to the
 base in the same round (least and greatest). Memory: the greatest resident set (on a GPU: allocated) while it runs.
