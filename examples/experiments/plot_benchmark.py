@@ -28,7 +28,7 @@ def draw(axes: plt.Axes, rows: list[dict], label: str) -> None:
         if not points:
             continue
         ratios = [row["ratio"] for row in points]
-        spread = [[r["ratio"] - r["least"] for r in points], [r["greatest"] - r["ratio"] for r in points]]
+        spread = [[r["ratio"] - r["min"] for r in points], [r["max"] - r["ratio"] for r in points]]
         x = [places.index(row[label]) for row in points]
         axes.errorbar(x, ratios, spread, marker=marker, capsize=3, label=measurement)
     axes.set_xticks(range(len(places)), places)

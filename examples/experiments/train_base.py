@@ -1,4 +1,4 @@
-"""Trains a small Llama from scratch, tokenizer and all: a base for experiments.
+"""Trains a small Llama and its tokenizer from scratch: a base for experiments.
 
 python examples/experiments/train_base.py my-base
 attnres retrofit my-base my-attnres
@@ -63,7 +63,7 @@ def main():
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--attnres", choices=["block", "full"], help="with Attention Residuals")
-    parser.add_argument("--save-steps", type=int, help="also save every so many steps")
+    parser.add_argument("--save-steps", type=int, help="steps between two checkpoints (default: none is saved)")
     args = parser.parse_args()
 
     set_seed(args.seed)
