@@ -12,7 +12,7 @@ import os
 from pathlib import Path
 
 import torch
-from text import default_files, token_blocks
+from experiments.text import default_files, token_blocks
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,

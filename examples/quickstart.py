@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 from continue_training import continue_training, training_arguments
+from experiments.text import default_files
 from generate import generate
 from smollm2 import smollm2
-from text import default_files
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from attnres_conversion import retrofit, verify

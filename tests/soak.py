@@ -21,7 +21,7 @@ from collections import Counter
 from pathlib import Path
 
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "experiments"))
 
 import conftest
 import safetensors

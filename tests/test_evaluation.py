@@ -32,7 +32,7 @@ def tasks(tmp_path):
     task_file(bigbench, "few", count=29)
     task_file(bigbench, "excluded")
     task_file(bigbench, "long", task_prefix="x" * 400)  # three times, once for each choice
-    run("evaluation/bigbench_tasks.py", bigbench, tmp_path / "tasks", "--exclude", "ex*")
+    run("experiments/evaluation/bigbench_tasks.py", bigbench, tmp_path / "tasks", "--exclude", "ex*")
     return tmp_path / "tasks"
 
 
@@ -58,7 +58,7 @@ def test_a_retrofit_chooses_as_its_base_does(tasks, smollm2_folder, tmp_path):
     trained.save_pretrained(tmp_path / "trained")
     AutoTokenizer.from_pretrained(attnres).save_pretrained(tmp_path / "trained")
     options = ("--include", tasks, "--tasks", "bigbench", "--limit", 6, "--output", tmp_path / "figures.json")
-    output = run("evaluation/evaluate.py", smollm2_folder, attnres, tmp_path / "trained", *options)
+    output = run("experiments/evaluation/evaluate.py", smollm2_folder, attnres, tmp_path / "trained", *options)
     assert f"{attnres} chooses as {smollm2_folder} does on 12 of 12 questions." in output
     same = int(output.split(f"{tmp_path / 'trained'} chooses as {smollm2_folder} does on ")[1].split()[0])
     assert same < 12

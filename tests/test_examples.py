@@ -71,7 +71,7 @@ def test_a_base_from_scratch_retrofitted_trained_on_and_generating(real_text, tm
 
     files = texts(tmp_path, real_text)
     small = ("--hidden-size", 64, "--layers", 3, "--vocab-size", 400)
-    output = run("train_base.py", tmp_path / "base", "--files", *files, "--steps", 8, *small)
+    output = run("experiments/train_base.py", tmp_path / "base", "--files", *files, "--steps", 8, *small)
     assert "million parameters" in output
     before, after = (float(word) for word in output.split("held-out text: ")[1].split()[:3:2])
     assert after < before - 0.2
@@ -89,7 +89,7 @@ def test_a_base_from_scratch_retrofitted_trained_on_and_generating(real_text, tm
 
     compared = (*arguments, "--eval-steps", 1, "--eval-blocks", 4, "--rates", 1e-3, "--attn-res-rates", 5e-4)
     compared += ("--save", tmp_path / "models", "--output", tmp_path / "compared.jsonl")
-    run("compare_training.py", tmp_path / "base", *compared)
+    run("experiments/compare_training.py", tmp_path / "base", *compared)
     rows = [json.loads(line) for line in (tmp_path / "compared.jsonl").read_text().splitlines()]
     assert [row["arm"] for row in rows] == ["base", "attnres", "attnres-only", "lora", "lora-attnres"]
     first, _, last = ([row["losses"][i]["loss"] for row in rows] for i in range(3))
@@ -106,7 +106,7 @@ def test_a_base_from_scratch_retrofitted_trained_on_and_generating(real_text, tm
 
     # Without a rate of their own and from another optimizer, where a step of so small a rate is next to none
     plain = (*arguments, "--eval-steps", 1, "--eval-blocks", 4, "--rates", 1e-6, "--optim", "sgd", "--arms", "attnres")
-    run("compare_training.py", tmp_path / "base", *plain, "--output", tmp_path / "plain.jsonl")
+    run("experiments/compare_training.py", tmp_path / "base", *plain, "--output", tmp_path / "plain.jsonl")
     row = json.loads((tmp_path / "plain.jsonl").read_text())
     assert row["optim"] == "sgd" and row["losses"][-1]["loss"] == pytest.approx(first[0], abs=1e-4)
 
@@ -132,7 +132,7 @@ def test_a_base_from_scratch_retrofitted_trained_on_and_generating(real_text, tm
 def test_from_scratch_and_with_tensorboard(real_text, tmp_path):
     files = texts(tmp_path, real_text)
     small = ("--layers", 2, "--hidden-size", 64, "--vocab-size", 400)
-    run("train_base.py", tmp_path / "scratch", "--files", *files, "--steps", 2, *small, "--attnres", "full")
+    run("experiments/train_base.py", tmp_path / "scratch", "--files", *files, "--steps", 2, *small, "--attnres", "full")
     config = json.loads((tmp_path / "scratch" / "config.json").read_text())
     assert (config["attn_res_type"], config["attn_res_scale"]) == ("full", "mean")
     arguments = ("--files", *files, "--steps", 4, "--save-steps", 2, "--report-to", "tensorboard")
@@ -158,7 +158,7 @@ def test_pretrain(real_text, tmp_path):
     small = ("--hidden-size", 64, "--layers", 2, "--vocab-size", 400, "--batch-size", 2, "--block-length", 64)
     short = ("--steps", 4, "--eval-steps", 2, "--eval-blocks", 2, "--files", *texts(tmp_path, real_text))
     arms = ("--arms", "base", "block-sum", "full-mean", "--seeds", 0, 1)
-    run("pretrain.py", *arms, *small, *short, "--output", tmp_path / "losses.jsonl")
+    run("experiments/pretrain.py", *arms, *small, *short, "--output", tmp_path / "losses.jsonl")
     rows = [json.loads(line) for line in (tmp_path / "losses.jsonl").read_text().splitlines()]
     assert [(row["arm"], row["seed"]) for row in rows] == [(arm, seed) for arm in arms[1:4] for seed in (0, 1)]
     assert all([point["step"] for point in row["losses"]] == [0, 2, 4] for row in rows)
@@ -172,8 +172,9 @@ def test_pretrain(real_text, tmp_path):
     weights = [build(config, "base", seed).model.layers[0].mlp.up_proj.weight for seed in (0, 1)]
     assert (weights[0] - weights[1]).abs().mean() > 1e-3 and first[0] != first[1], "a seed has first weights of its own"
 
-    output = run("plot_training.py", tmp_path / "losses.jsonl", "--output", tmp_path / "plot" / "losses.png")
-    assert (tmp_path / "plot" / "losses.png").read_bytes().startswith(b"\x89PNG")
+    picture = tmp_path / "plot" / "losses.png"
+    output = run("experiments/plot_training.py", tmp_path / "losses.jsonl", "--output", picture)
+    assert picture.read_bytes().startswith(b"\x89PNG")
     assert [line.split("|")[1].strip() for line in output.splitlines()[2:]] == list(arms[1:4])
     assert f"| {(last[0] + last[1]) / 2:.4f} ({min(last[:2]):.4f} to {max(last[:2]):.4f}) |" in output
 
@@ -264,17 +265,17 @@ def test_which_queries():
 
 
 def test_benchmark(tmp_path):
-    output = run(
-        "benchmark.py", "--size", "tiny", "--sequence", 16, "--rounds", 1, "--output", tmp_path / "figures.json"
-    )
-    results = json.loads((tmp_path / "figures.json").read_text())["results"]
+    figures, picture = tmp_path / "figures.json", tmp_path / "plot" / "figure.png"
+    tiny = ("--size", "tiny", "--sequence", 16, "--rounds", 1)
+    output = run("experiments/benchmark.py", *tiny, "--output", figures)
+    results = json.loads(figures.read_text())["results"]
     names = ["base", "8 blocks", "8 blocks, einsum as published", "8 blocks, fla, naive"]
     rows = [(row["measurement"], row["variant"]) for row in results]
     assert rows == [(measurement, name) for measurement in ("prefill", "decode", "training step") for name in names]
     assert all(len(row["seconds"]) == 1 and row["peak_bytes"] > 0 for row in results)
     assert all(row["variant"] in output for row in results)
-    run("plot_benchmark.py", tmp_path / "figures.json", tmp_path / "figures.json", tmp_path / "plot" / "figure.png")
-    assert (tmp_path / "plot" / "figure.png").read_bytes().startswith(b"\x89PNG")
+    run("experiments/plot_benchmark.py", figures, figures, picture)
+    assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_models_of_the_benchmark_compute_the_same():

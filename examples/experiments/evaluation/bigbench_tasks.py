@@ -1,13 +1,13 @@
-"""BIG-bench's multiple-choice files as local tasks of lm-eval, for where no hub is reachable.
+"""The multiple-choice files of BIG-bench as local tasks for lm-eval. They need no access to the Hub.
 
-    pip download --no-deps --no-binary :all: bigbench    # 358 MB, and nothing of it is installed
-    python examples/evaluation/bigbench_tasks.py bigbench-1.0.0.tar.gz bigbench-tasks --exclude 'multiemo/*'
+    pip download --no-deps --no-binary :all: bigbench    # 358 MB; nothing is installed
+    python examples/experiments/evaluation/bigbench_tasks.py bigbench-1.0.0.tar.gz bigbench-tasks --exclude 'multiemo/*'
 
-Each `task.json` whose questions are short, have few choices and one right answer becomes a task `bigbench_…` of the tag
-`bigbench`: a YAML file and a file of questions, taken at random but always the same. A question is written as BIG-bench
-writes it, but for the list of its choices: a small model cannot pick from a list, yet it can tell which answer is the
-likelier to follow. (`multiemo` asks the same of the same sentences in eleven languages, 110 tasks that are hardly more
-than one.)
+A `task.json` becomes a task `bigbench_…` of the tag `bigbench` if its questions are short and have few choices and one
+right answer. The task has a YAML file and a file of questions, drawn at random with a fixed seed. The questions are
+those of BIG-bench, without the list of choices: a small model cannot pick from a list, but it gives each answer a
+probability. (`multiemo` is left out because its 110 tasks ask the same question about the same sentences in eleven
+languages.)
 """
 
 import argparse
@@ -48,14 +48,14 @@ def questions(task: dict) -> list[dict]:
             continue
         choices = list(scores)
         query = task.get("task_prefix", "") + task.get("example_input_prefix", "\nQ: ") + example["input"]
-        # lm-eval puts a blank between question and answer
+        # lm-eval puts a space between question and answer
         query = (query + task.get("example_output_prefix", "\nA: ")).rstrip(" ")
         rows.append({"query": query, "choices": choices, "label": list(scores.values()).index(best)})
     return rows
 
 
 def characters(row: dict) -> int:
-    """What a model reads to answer: the question with each choice."""
+    """Number of characters that a model reads to answer: the question with each choice."""
     return sum(len(row["query"]) + len(choice) for choice in row["choices"])
 
 

@@ -1,11 +1,11 @@
-"""Learning curves and sweeps of what compare_training.py and pretrain.py wrote, as a picture and a Markdown table.
+"""Learning curves and sweeps of compare_training.py and pretrain.py, as a picture and a Markdown table.
 
-    python examples/plot_training.py losses.jsonl --output losses.png
-    python examples/plot_training.py losses.jsonl --output losses.png --arms-by arm block_size
-    python examples/plot_training.py losses.jsonl --output losses.png --speed short.jsonl
+    python examples/experiments/plot_training.py losses.jsonl --output losses.png
+    python examples/experiments/plot_training.py losses.jsonl --output losses.png --arms-by arm block_size
+    python examples/experiments/plot_training.py losses.jsonl --output losses.png --speed short.jsonl
 
-Each arm is shown at its best: the setting with the least mean of final losses, of those with the most seeds.
-`--speed` takes how long a step is from short runs of the same arms, made turn by turn on a quiet machine.
+Each arm is shown at its best setting: among the settings with the most seeds, the one with the lowest mean final loss.
+`--speed` gives the time of a step. Its file holds short runs of the same arms, made in turns on a quiet machine.
 """
 
 import argparse
@@ -22,33 +22,34 @@ matplotlib.use("agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
 
-# Okabe and Ito's, which the colour-blind tell apart; markers for who prints in grey
-COLOURS = ["black", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
+# Colors of Okabe and Ito, distinct for color-blind readers. Markers for prints in gray.
+COLORS = ["black", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
 MARKERS = "os^Dv*P"
 
 RATES = ("learning_rate", "attn_res_learning_rate")
 ATTN_RES = ("type", "block_size", "temperature")
-# What arms may differ in and still be compared
+# Arms that are compared may differ in these fields
 OWN = (*RATES, *ATTN_RES, "optim", "parameters")
-# Of a row, what is no setting
+# Fields of a row that are no settings
 MEASURED = ("seed", "losses", "seconds")
 
 
 def read(files: list[Path], arms_by: list[str]) -> dict[str, dict[tuple, dict[int, list[dict]]]]:
-    """The points of each curve, by arm, setting and seed. Of runs that were made twice, the later."""
+    """The points of each curve, by arm, setting and seed. A later run replaces an earlier run of the same setting."""
     arms = defaultdict(lambda: defaultdict(dict))
     for row in (json.loads(line) for file in files for line in file.read_text().splitlines()):
         if row.get("temperature") is None:
-            # A model without Attention Residuals has no setting of them
+            # A model without Attention Residuals has none of their settings
             row = {name: value for name, value in row.items() if name not in ATTN_RES}
         arm = " ".join(str(row[name]) for name in arms_by if name in row)
-        setting = tuple((name, value) for name, value in row.items() if name not in (*MEASURED, *arms_by))
+        # Sorted: the order in which a script writes its fields makes no difference
+        setting = tuple(sorted((name, value) for name, value in row.items() if name not in (*MEASURED, *arms_by)))
         arms[arm][setting][row["seed"]] = row["losses"]
     return arms
 
 
 def retimed(arms: dict[str, dict], file: Path) -> None:
-    """Gives each point the seconds that its steps take by the runs in `file`: the median of an arm's."""
+    """Sets the seconds of each point from the runs in `file`: its steps times the arm's median time of a step."""
     speeds = defaultdict(list)
     for row in map(json.loads, file.read_text().splitlines()):
         speeds[row["arm"]].append(row["losses"][-1]["seconds"] / row["losses"][-1]["step"])
@@ -64,17 +65,17 @@ def final(runs: dict[int, list[dict]], seeds) -> float:
 def common_seeds(arm: str, settings: dict[tuple, dict]) -> set[int]:
     seeds = set.intersection(*map(set, settings.values()))
     if not seeds:
-        raise ValueError(f"The settings of arm {arm!r} have no seed in common, so none of them can be called the best.")
+        raise ValueError(f"The settings of arm {arm!r} have no seed in common, so there is no best one.")
     return seeds
 
 
 def best(arm: str, settings: dict[tuple, dict]) -> tuple:
-    """A sweep has one seed or two; who is best is decided among the settings that were then run with the most."""
+    """The best of the settings with the most seeds: a sweep has one seed, and its best settings then get more."""
     most = max(map(len, settings.values()))
     finalists = {setting: runs for setting, runs in settings.items() if len(runs) == most}
     seeds = common_seeds(arm, finalists)
     losses = {setting: final(runs, seeds) for setting, runs in finalists.items()}
-    # A run that diverged ended in no number
+    # A diverged run ends with NaN
     return min(losses, key=lambda setting: np.nan_to_num(losses[setting], nan=np.inf))
 
 
@@ -83,13 +84,13 @@ def check_conditions(settings: dict[str, tuple]) -> None:
         values = {arm: dict(setting).get(name) for arm, setting in settings.items()}
         if len(set(values.values())) > 1:
             raise ValueError(
-                f"At their best the arms differ in {name!r}, so they cannot be compared: {values}. Keep such runs in "
-                f"files of their own, or name the arms by it too: --arms-by arm {name}."
+                f"At their best the arms differ in {name!r}, so they cannot be compared: {values}. Put such runs into "
+                f"separate files, or make the field part of the arm's name: --arms-by arm {name}."
             )
 
 
 def curve(runs: dict[int, list[dict]], x: str) -> tuple[np.ndarray, np.ndarray]:
-    """Places (mean of the seeds') and losses (seeds by places)."""
+    """Places (mean over seeds) and losses (seeds by places)."""
     points = list(runs.values())
     return np.mean([[p[x] for p in run] for run in points], 0), np.array([[p["loss"] for p in run] for run in points])
 
@@ -104,20 +105,20 @@ def draw_curves(axes: plt.Axes, chosen: dict[str, dict], x: str, styles: dict, f
 
 
 def draw_sweep(axes: plt.Axes, arms: dict[str, dict], styles: dict) -> None:
-    """The final loss against the rate, at the best of all other settings."""
+    """The final loss by learning rate, at the best of all other settings."""
     rates = set()
     for arm, settings in arms.items():
-        # Over their own rate, where that of queries and key norms alone was swept
+        # If only the rate of queries and key norms was swept, this is the rate on the axis
         values = {name: {dict(s)[name] for s in settings if name in dict(s)} for name in RATES}
         rate = RATES[1] if len(values[RATES[0]]) < len(values[RATES[1]]) else RATES[0]
         seeds = common_seeds(arm, settings)
-        least = defaultdict(lambda: np.inf)
+        lowest = defaultdict(lambda: np.inf)
         for setting, runs in settings.items():
-            least[dict(setting)[rate]] = min(least[dict(setting)[rate]], final(runs, seeds))
-        places = sorted(least)
-        rates |= least.keys()
+            lowest[dict(setting)[rate]] = min(lowest[dict(setting)[rate]], final(runs, seeds))
+        places = sorted(lowest)
+        rates |= lowest.keys()
         label = f"{arm}: of queries and key norms" if rate == RATES[1] else arm
-        axes.plot(places, [least[place] for place in places], label=label, markersize=5, **styles[arm])
+        axes.plot(places, [lowest[place] for place in places], label=label, markersize=5, **styles[arm])
     axes.set(xscale="log", xlabel="learning rate", ylabel="final loss")
     axes.set_xticks(sorted(rates), [f"{rate:g}" for rate in sorted(rates)], rotation=60)
     axes.minorticks_off()
@@ -128,13 +129,14 @@ def spread(values: np.ndarray) -> str:
 
 
 def table(arms: dict[str, dict], settings: dict[str, tuple]) -> str:
-    """Differences are from the arm `base` with the same seed, at the same step and at the same wall time."""
+    """Differences are to the arm `base` with the same seed, at the same step and at the same wall time."""
     columns = ["arm", "at its best", "final loss", "minus the base's", "the same at the base's wall time"]
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     bases = arms["base"][settings["base"]] if "base" in arms else {}
     for arm, setting in settings.items():
-        # Only what the arm was tried with more than one value of says anything; the rates always do
-        varied = [(n, v) for n, v in setting if n in RATES or len({dict(s).get(n) for s in arms[arm]}) > 1]
+        # The rates, and the other fields of which the arm has more than one value
+        others = [n for n, _ in setting if n not in RATES and len({dict(s).get(n) for s in arms[arm]}) > 1]
+        varied = [(n, dict(setting)[n]) for n in (*RATES, *others) if n in dict(setting)]
         runs = arms[arm][setting]
         differences, at_equal_time = [], []
         for seed in sorted(set(runs) & set(bases)) if arm != "base" else []:
@@ -152,10 +154,10 @@ def table(arms: dict[str, dict], settings: dict[str, tuple]) -> str:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", nargs="+", type=Path, help="of JSON lines")
+    parser.add_argument("files", nargs="+", type=Path, help="files of JSON lines")
     parser.add_argument("--output", type=Path, required=True, help="picture to write")
     parser.add_argument("--arms-by", nargs="+", default=["arm"], help="fields that name an arm (default: arm)")
-    parser.add_argument("--first-step", type=int, default=0, help="leave the curves' beginning out")
+    parser.add_argument("--first-step", type=int, default=0, help="first step of the curves in the picture")
     parser.add_argument("--speed", type=Path, help="JSON lines of short runs, for the seconds that a step takes")
     args = parser.parse_args()
 
@@ -165,7 +167,7 @@ def main():
     settings = {arm: best(arm, arms[arm]) for arm in arms}
     check_conditions(settings)
     chosen = {arm: arms[arm][setting] for arm, setting in settings.items()}
-    styles = {arm: {"color": c, "marker": m} for arm, c, m in zip(arms, cycle(COLOURS), cycle(MARKERS))}
+    styles = {arm: {"color": c, "marker": m} for arm, c, m in zip(arms, cycle(COLORS), cycle(MARKERS))}
     timed = all("seconds" in point for runs in chosen.values() for run in runs.values() for point in run)
     figure, panels = plt.subplots(1, 2 + timed, figsize=(4.5 * (2 + timed), 4.5), layout="constrained")
     for axes, x in zip(panels, ["step", "seconds"][: 1 + timed]):
@@ -173,7 +175,7 @@ def main():
     draw_sweep(panels[-1], arms, styles)
     for axes in panels:
         axes.grid(alpha=0.3)
-        # Below, where it hides no curve
+        # Below the axes, where it hides no curve
         axes.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.25), ncols=2)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(args.output, dpi=120)

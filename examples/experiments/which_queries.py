@@ -1,8 +1,8 @@
-"""Which queries a trained retrofit owes its gain to: the loss on held-out text while only some of them are kept.
+"""The queries that a trained retrofit owes its gain to: loss on held-out text with only some of the queries.
 
-    python examples/which_queries.py my-attnres-trained
+    python examples/experiments/which_queries.py my-attnres-trained
 
-The others are put back to zero, where they started. Key norms stay: without a query they do nothing.
+All other queries are set back to zero, their first value. Key norms stay, since they do nothing without a query.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from modeling_attnres import DepthAttention
 
 @torch.no_grad()
 def loss_with(kept: set[str], model: PreTrainedModel, rows: torch.Tensor) -> float:
-    """The mean loss while the depth attentions that are not in `kept`, by their names in the model, have no query."""
+    """Mean loss with the queries of the modules in `kept` (names in the model). All other queries are zero."""
     others = [
         module.query
         for name, module in model.named_modules()
@@ -37,13 +37,13 @@ def main():
     parser.add_argument("--files", nargs="+", help="text files (default: the newest sources of transformers)")
     parser.add_argument("--eval-blocks", type=int, default=32)
     parser.add_argument("--block-length", type=int, default=256)
-    parser.add_argument("--parts", type=int, default=3, help="in how many parts to cut the depth")
+    parser.add_argument("--parts", type=int, default=3, help="number of parts of the depth")
     args = parser.parse_args()
 
     model = AutoModelForCausalLM.from_pretrained(args.checkpoint, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(args.checkpoint)
     _, held_out = token_blocks(args.files or recent_files(), tokenizer, args.block_length)
-    # Those that compare_training.py takes
+    # The same blocks as in compare_training.py
     rows = sample(held_out, args.eval_blocks)["input_ids"]
 
     names = [name for name, module in model.named_modules() if isinstance(module, DepthAttention)]

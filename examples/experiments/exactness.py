@@ -1,9 +1,10 @@
-"""How near a retrofit is to its base, on real text: the figures in the README.
+"""The distance between a retrofit and its base, on real text.
 
-    python examples/exactness.py
+    python examples/smollm2.py smollm2
+    python examples/experiments/exactness.py smollm2
 
-float32: largest difference of a logit from the base's, over the base's largest logit. bfloat16: mean error against the
-float32 base, over that of the bfloat16 base. Several texts; their median, least and greatest.
+float32: the largest difference between their logits, over the largest logit of the base. bfloat16: the mean error
+against the float32 base, over the mean error of the bfloat16 base. Median, min and max over several texts.
 """
 
 import argparse
@@ -14,7 +15,6 @@ from pathlib import Path
 
 import torch
 import transformers
-from smollm2 import smollm2
 from text import default_files
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -41,27 +41,26 @@ def spread(values: list[float], form: str) -> str:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base", help="folder of the base (default: SmolLM2-135M-Instruct)")
+    parser.add_argument("base", type=Path, help="folder of the base")
     parser.add_argument("--files", nargs="+", default=default_files()[:5], help="text files")
     parser.add_argument("--tokens", type=int, default=1024, help="tokens of each file")
     args = parser.parse_args()
 
     with tempfile.TemporaryDirectory() as folder:
-        base = Path(args.base) if args.base else smollm2(Path(folder) / "base")
-        tokenizer = AutoTokenizer.from_pretrained(base)
+        tokenizer = AutoTokenizer.from_pretrained(args.base)
         texts = [
             tokenizer(Path(file).read_text(encoding="utf-8"), return_tensors="pt").input_ids[:, : args.tokens]
             for file in args.files
         ]
-        exact = logits(base, texts, torch.float32)
-        base_errors = [(a - e).abs().mean() for a, e in zip(logits(base, texts, torch.bfloat16), exact)]
+        exact = logits(args.base, texts, torch.float32)
+        base_errors = [(a - e).abs().mean() for a, e in zip(logits(args.base, texts, torch.bfloat16), exact)]
 
         print(f"{platform.machine()}, torch {torch.__version__}, transformers {transformers.__version__}")
         print(f"{len(texts)} texts of {args.tokens} tokens; the largest logit is {max(e.max() for e in exact):.0f}\n")
         print("| retrofit | float32: largest difference / largest logit | bfloat16: mean error / the base's own |")
         print("|---|---|---|")
         for number, (name, attn_res) in enumerate(RETROFITS.items()):
-            checkpoint = retrofit(base, Path(folder) / f"attnres-{number}", **attn_res)
+            checkpoint = retrofit(args.base, Path(folder) / f"attnres-{number}", **attn_res)
             actual = logits(checkpoint, texts, torch.float32)
             differences = [((a - e).abs().max() / e.abs().max()).item() for a, e in zip(actual, exact)]
             actual = logits(checkpoint, texts, torch.bfloat16)

@@ -1,9 +1,9 @@
-"""What AttnRes costs: a model with depth attention against its own base, side by side in one process.
+"""The cost of AttnRes: a model with depth attention next to its own base, in one process.
 
-    python examples/benchmark.py --size hidden-1024 --sequence 512 --output figures.json
+    python examples/experiments/benchmark.py --size hidden-1024 --sequence 512 --output figures.json
 
-Base and AttnRes share their weights and take turns, A B C A B C. Time: the median over the rounds of the ratio to the
-base in the same round (least and greatest). Memory: the greatest resident set (on a GPU: allocated) while it runs.
+Base and AttnRes share their weights and run in turns, A B C A B C. Time: the ratio to the base in the same round, as
+median (min to max) over the rounds. Memory: the peak of the resident set (on a GPU: of the allocated memory).
 """
 
 import argparse
@@ -42,7 +42,7 @@ SIZES = {
 
 
 def einsum_as_published(query, key_norm, sources, scale, eps):
-    """The paper's listing: all sources in one stack."""
+    """The listing of the paper: all sources in one stack."""
     values = torch.stack(sources)
     keys = torch.nn.functional.rms_norm(values, values.shape[-1:], key_norm, eps)
     weights = torch.einsum("d,n b t d -> n b t", query, keys).softmax(dim=0)
@@ -51,14 +51,14 @@ def einsum_as_published(query, key_norm, sources, scale, eps):
 
 
 def fla_naive(query, key_norm, sources, scale, eps):
-    from fla.ops.attnres import naive_attnres  # takes seconds: only for who wants it
+    from fla.ops.attnres import naive_attnres  # the import takes seconds
 
     output = naive_attnres(query, sources, key_norm, rms_eps=eps)
     return output * len(sources) if scale == "sum" else output
 
 
 def flash_attn_res(query, key_norm, sources, scale, eps):
-    """Its first phase, for one query; it computes in bfloat16."""
+    """The first phase of flash-attn-res, for one query. It computes in bfloat16."""
     from flash_attn_res import phase_1_batched_attention_triton_op
 
     outputs, _ = phase_1_batched_attention_triton_op(torch.stack(sources), (query * key_norm)[None], eps)
@@ -67,12 +67,12 @@ def flash_attn_res(query, key_norm, sources, scale, eps):
 
 
 PEERS = {"einsum as published": einsum_as_published, "fla, naive": fla_naive}
-# There AttnRes itself computes by fla's fused kernel
+# On CUDA, AttnRes itself uses the fused kernel of fla
 CUDA_PEERS = {"plain PyTorch": streaming_depth_attention, "flash-attn-res": flash_attn_res}
 
 
 def attnres_of(base: LlamaForCausalLM, blocks: str, operator=None, implementation="auto") -> AttnResForCausalLM:
-    """An AttnRes model that shares the base's weights, has random queries, and may compute them by another operator."""
+    """An AttnRes model with the base's weights and random queries. `operator` replaces the depth attention."""
     layers = base.config.num_hidden_layers
     shape = {"attn_res_type": "full"} if blocks == "full" else {"attn_res_block_size": max(1, layers // int(blocks))}
     config = AttnResConfig.from_base_config(base.config, attn_res_implementation=implementation, **shape)
@@ -96,7 +96,7 @@ def compute_by(operator, module: DepthAttention, *sources: torch.Tensor, **_) ->
 
 
 class PeakMemory:
-    """The greatest resident set of this process, or what a GPU had allocated, in bytes."""
+    """Peak of the resident set of this process in bytes. On a GPU: peak of the allocated memory."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -106,7 +106,7 @@ class PeakMemory:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         else:
-            # What is free goes back to the system, and the kernel's high-water mark is set anew
+            # Gives free memory back to the system, and resets the peak that the kernel keeps
             ctypes.CDLL("libc.so.6").malloc_trim(0)
             Path("/proc/self/clear_refs").write_text("5")
         return self
@@ -120,7 +120,7 @@ class PeakMemory:
 
 
 def memory_bandwidth(device: str) -> float:
-    """What a copy of 256 MB reads and writes, in GB/s: the best of five."""
+    """Bytes read and written per second by a copy of 256 MB, in GB/s: the best of five."""
     source = torch.ones(2**26, device=device)
     target, seconds = torch.empty_like(source), []
     for _ in range(5):
@@ -151,7 +151,7 @@ MEASUREMENTS = {"prefill": prefill, "decode": decode, "training step": training_
 
 
 def measure(measurement: str, models: dict[str, torch.nn.Module], tokens: torch.Tensor, rounds: int) -> list[dict]:
-    """One row for each model: its seconds in every round and its peak memory, next to the base's."""
+    """One row for each model: its seconds in each round and its peak memory, with the ratios to the base."""
 
     def run(model: torch.nn.Module) -> float:
         start = time.perf_counter()
@@ -162,7 +162,7 @@ def measure(measurement: str, models: dict[str, torch.nn.Module], tokens: torch.
 
     progress = tqdm(total=len(models) * (rounds + 1), desc=measurement, leave=False, disable=None)
     seconds, peak_bytes = {name: [] for name in models}, {}
-    for name, model in models.items():  # a warm-up, which the memory is read from
+    for name, model in models.items():  # warm-up; it also gives the peak memory
         with PeakMemory(tokens.device) as peak:
             run(model)
         peak_bytes[name] = peak.bytes
@@ -183,8 +183,8 @@ def measure(measurement: str, models: dict[str, torch.nn.Module], tokens: torch.
                 "sequence": tokens.shape[1],
                 "seconds": seconds[name],
                 "ratio": statistics.median(ratios),
-                "least": min(ratios),
-                "greatest": max(ratios),
+                "min": min(ratios),
+                "max": max(ratios),
                 "peak_bytes": peak_bytes[name],
                 "memory_ratio": peak_bytes[name] / peak_bytes["base"],
             }
@@ -252,7 +252,7 @@ def main():
                 rows.append({**options, **row})
                 print(
                     f"| {name} | {length} | {row['variant']} | {statistics.median(row['seconds']):.3g} | "
-                    f"{row['ratio']:.3f} ({row['least']:.3f} to {row['greatest']:.3f}) | {row['memory_ratio']:.3f} |",
+                    f"{row['ratio']:.3f} ({row['min']:.3f} to {row['max']:.3f}) | {row['memory_ratio']:.3f} |",
                     flush=True,
                 )
     if args.output:

@@ -1,8 +1,9 @@
-"""What AttnRes costs against the number of blocks and against the length of the sequence, as a picture.
+"""The cost of AttnRes by number of blocks and by sequence length, as a picture.
 
-python examples/benchmark.py --blocks 2 4 8 16 full --measure prefill "training step" --peers --output blocks.json
-python examples/benchmark.py --sequence 128 512 2048 --measure prefill "training step" --peers --output sequences.json
-python examples/plot_benchmark.py blocks.json sequences.json examples/figures/benchmark.png
+cd examples/experiments
+python benchmark.py --measure prefill "training step" --peers --blocks 2 4 8 16 full --output blocks.json
+python benchmark.py --measure prefill "training step" --peers --sequence 128 512 2048 --output sequences.json
+python plot_benchmark.py blocks.json sequences.json figures/benchmark.png
 """
 
 import argparse
@@ -20,14 +21,14 @@ MARKERS = {"prefill": "o", "decode": "s", "training step": "^"}
 
 
 def draw(axes: plt.Axes, rows: list[dict], label: str) -> None:
-    """One line for each measurement: the median ratio to the base, with the least and the greatest of the rounds."""
+    """One line for each measurement: the median ratio to the base, with the min and max of the rounds."""
     places = list(dict.fromkeys(row[label] for row in rows))
     for measurement, marker in MARKERS.items():
         points = [row for row in rows if row["measurement"] == measurement]
         if not points:
             continue
         ratios = [row["ratio"] for row in points]
-        spread = [[r["ratio"] - r["least"] for r in points], [r["greatest"] - r["ratio"] for r in points]]
+        spread = [[r["ratio"] - r["min"] for r in points], [r["max"] - r["ratio"] for r in points]]
         x = [places.index(row[label]) for row in points]
         axes.errorbar(x, ratios, spread, marker=marker, capsize=3, label=measurement)
     axes.set_xticks(range(len(places)), places)

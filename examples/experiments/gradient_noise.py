@@ -1,9 +1,10 @@
-"""How many tokens a step needs before a gradient is more signal than noise: the queries' next to all other parameters'.
+"""The number of tokens in a step at which a gradient has as much signal as noise, for queries and other parameters.
 
-    python examples/gradient_noise.py my-attnres
+    python examples/experiments/gradient_noise.py my-attnres
 
-The simple noise scale of McCandlish et al. (arXiv 1812.06162, appendix A.1), tr(Σ) / |G|², in tokens. In a batch of
-that size the noise is as long as the mean; Adam, which sees only their sum, makes steps of the same length of either.
+This is the simple noise scale of McCandlish et al. (arXiv 1812.06162, appendix A.1), tr(Σ) / |G|², in tokens. In a
+batch of that size the noise is as long as the mean gradient. Adam sees only their sum, and its steps have the same
+length for both.
 """
 
 import argparse
@@ -25,7 +26,7 @@ def group_of(name: str) -> str:
 def noise_scales(model: PreTrainedModel, batches: list[dict], tokens: int) -> dict[str, tuple[float, float]]:
     """
     Signal |G| and noise scale in tokens of each group of parameters, from the gradients of at least two batches of
-    `tokens` tokens each. Where the noise hides the signal, the scale is infinite.
+    `tokens` tokens each. The scale is infinite if the noise hides the signal.
     """
     sums, each, together = {}, defaultdict(float), defaultdict(float)
     for batch in batches:
@@ -40,7 +41,7 @@ def noise_scales(model: PreTrainedModel, batches: list[dict], tokens: int) -> di
     n = len(batches)
     scales = {}
     for group in sorted(each):
-        # |G_batch|² = |G|² + tr(Σ) / tokens, and the same for all batches as one
+        # |G_batch|² = |G|² + tr(Σ) / tokens. The same holds for all batches taken as one.
         signal = (n * together[group] - each[group]) / (n - 1)
         noise = (each[group] - together[group]) * n / (n - 1) * tokens
         scales[group] = (max(signal, 0.0) ** 0.5, noise / signal if signal > 0 else float("inf"))
@@ -62,7 +63,7 @@ def main():
     loader = DataLoader(blocks.shuffle(seed=0), args.batch_size, drop_last=True)
     batches = [batch for batch, _ in zip(loader, range(args.batches))]
     tokens = args.batch_size * args.block_length
-    print("| parameters | signal | tokens a step for as much signal as noise |\n|---|---|---|")
+    print("| parameters | signal | tokens per step for as much signal as noise |\n|---|---|---|")
     for group, (signal, scale) in noise_scales(model, batches, tokens).items():
         print(f"| {group} | {signal:.2e} | {scale:,.0f} |")
 

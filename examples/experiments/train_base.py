@@ -1,6 +1,6 @@
-"""Trains a small Llama from scratch, tokenizer and all: a base for experiments.
+"""Trains a small Llama and its tokenizer from scratch: a base for experiments.
 
-python examples/train_base.py my-base
+python examples/experiments/train_base.py my-base
 attnres retrofit my-base my-attnres
 
 `--attnres block` trains the same model with Attention Residuals from scratch, in the paper's form (`mean` scaling).
@@ -9,10 +9,17 @@ attnres retrofit my-base my-attnres
 import argparse
 from pathlib import Path
 
-from continue_training import continue_training, training_arguments
-from text import default_files
+from text import default_files, token_blocks
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, set_seed
+from training import adamw
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
 
 from modeling_attnres import AttnResConfig
 
@@ -56,7 +63,7 @@ def main():
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--attnres", choices=["block", "full"], help="with Attention Residuals")
-    parser.add_argument("--save-steps", type=int, help="also save every so many steps")
+    parser.add_argument("--save-steps", type=int, help="steps between two checkpoints (default: none is saved)")
     args = parser.parse_args()
 
     set_seed(args.seed)
@@ -66,13 +73,32 @@ def main():
         config = AttnResConfig.from_base_config(config, attn_res_type=args.attnres, attn_res_scale="mean")
     model = AutoModelForCausalLM.from_config(config)
     print(f"{model.num_parameters() / 1e6:.1f} million parameters")
-    before, after = continue_training(
-        model,
-        tokenizer,
-        training_arguments(args.output, steps=args.steps, batch_size=8, save_steps=args.save_steps),
-        args.files,
-        learning_rate=args.learning_rate,
+    train_blocks, held_out_blocks = token_blocks(args.files, tokenizer, 256)
+    trainer = Trainer(
+        model=model,
+        args=TrainingArguments(
+            output_dir=str(args.output),
+            max_steps=args.steps,
+            per_device_train_batch_size=8,
+            per_device_eval_batch_size=8,
+            lr_scheduler_type="cosine",
+            warmup_steps=max(1, args.steps // 10),
+            logging_steps=max(1, args.steps // 5),
+            eval_on_start=True,
+            eval_strategy="steps",
+            eval_steps=args.steps,
+            save_strategy="steps" if args.save_steps else "no",
+            save_steps=args.save_steps or 500,
+            report_to="none",
+        ),
+        train_dataset=train_blocks,
+        eval_dataset=held_out_blocks.select(range(min(16, len(held_out_blocks)))),
+        processing_class=tokenizer,
+        optimizer_cls_and_kwargs=(lambda: adamw, {"learning_rate": args.learning_rate}),
     )
+    trainer.train()
+    trainer.save_model()
+    before, after = (row["eval_loss"] for row in trainer.state.log_history if "eval_loss" in row)
     print(f"Loss on held-out text: {before:.3f} before, {after:.3f} after. Saved to {args.output}.")
 
 

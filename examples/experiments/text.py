@@ -10,21 +10,21 @@ from transformers import PreTrainedTokenizerBase
 
 
 def default_files() -> list[str]:
-    """Real text that every machine has: the sources of Python's standard library."""
+    """Real text on every machine: the sources of Python's standard library."""
     return sorted(map(str, Path(sysconfig.get_path("stdlib")).glob("*.py")))
 
 
 def recent_files() -> list[str]:
     """
-    Files that no model released before 2026 was trained on: those sources of transformers that say they are newer. Much
-    in them is not: most of their longer lines stand in older files too.
+    Sources of transformers with a copyright notice of 2026. No model released before 2026 was trained on these files.
+    Much of their content is older: most of their longer lines are in older files too.
     """
     sources = sorted(Path(transformers.__file__).parent.rglob("*.py"))
     return [str(file) for file in sources if "Copyright 2026" in file.read_text(encoding="utf-8")[:200]]
 
 
 def sample(blocks: Dataset, count: int) -> Dataset:
-    """Blocks at random, always the same; all of them where there are fewer than `count`."""
+    """`count` random blocks, the same on each call. All blocks if there are fewer."""
     return blocks.shuffle(seed=0).select(range(min(count, len(blocks))))
 
 
@@ -33,15 +33,15 @@ def token_blocks(files: list[str], tokenizer: PreTrainedTokenizerBase, length: i
     Cuts text files into blocks of `length` tokens, with an end-of-text token after each file.
 
     Returns:
-        `tuple[Dataset, Dataset]`: blocks to train on and, from each tenth file (of fewer: from the end of the text),
-        blocks to evaluate on. Both have `input_ids` and `labels`.
+        `tuple[Dataset, Dataset]`: blocks for training, and held-out blocks for evaluation. Each tenth file is held out.
+        With fewer than ten files, the end of the text is held out. Both have `input_ids` and `labels`.
     """
     end_of_text = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
 
     def cut(files):
         stream = []
         for file in tqdm(files, desc="Tokenizing", delay=1):
-            # The blocks are cut here, so a text longer than the model's context is no cause for a warning
+            # Not verbose: a text may be longer than the context of the model, since it is cut into blocks below
             text = Path(file).read_text(encoding="utf-8")
             stream += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] + end_of_text
         return [stream[i : i + length] for i in range(0, len(stream) - length + 1, length)]
@@ -52,8 +52,8 @@ def token_blocks(files: list[str], tokenizer: PreTrainedTokenizerBase, length: i
         blocks, held_out = blocks[: -len(blocks) // 10], blocks[-len(blocks) // 10 :]
     if not blocks or not held_out:
         raise ValueError(
-            f"{len(files)} text files do not make two blocks of {length} tokens, one of them to hold out: give more "
-            "text or a smaller block length."
+            f"{len(files)} text files do not make two blocks of {length} tokens, one for training and one held out: "
+            "give more text or a smaller block length."
         )
     train, evaluation = (Dataset.from_dict({"input_ids": rows, "labels": rows}) for rows in (blocks, held_out))
     return train.with_format("torch"), evaluation.with_format("torch")

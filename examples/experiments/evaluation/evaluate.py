@@ -1,12 +1,13 @@
-"""Judges checkpoints by lm-eval, question by question: a retrofit next to its base.
+"""Evaluates checkpoints with lm-eval, question by question: a retrofit next to its base.
 
-    python examples/evaluation/evaluate.py BASE ATTNRES --include bigbench-tasks
-    python examples/evaluation/evaluate.py BASE --include bigbench-tasks --tasks bigbench    # which tasks it is good at
-    python examples/evaluation/evaluate.py BASE ATTNRES --tasks mmlu gsm8k                   # where a hub is reachable
+    evaluate=examples/experiments/evaluation/evaluate.py
+    python $evaluate BASE ATTNRES --include bigbench-tasks
+    python $evaluate BASE --include bigbench-tasks --tasks bigbench    # the tasks at which the base is good
+    python $evaluate BASE ATTNRES --tasks mmlu gsm8k                   # with access to the Hub
 
-Without `--tasks` it takes those of `yardstick.txt`, at which SmolLM2-135M-Instruct is better than guessing. Prints the
-accuracies, at how many tasks the first is better than chance (which knows rules by the answers' lengths too), and on
-how many questions each checkpoint chooses as the first one does. By lm-eval's own command:
+The default tasks are those of `yardstick.txt`, at which SmolLM2-135M-Instruct is better than chance. The script prints
+the accuracies, the number of tasks at which the first checkpoint is better than chance, and the number of questions on
+which each checkpoint makes the same choice as the first. The same with the command of lm-eval:
 
     lm_eval --model hf --model_args pretrained=ATTNRES,trust_remote_code=True --tasks mmlu gsm8k
 """
@@ -29,7 +30,7 @@ YARDSTICK = Path(__file__).with_name("yardstick.txt")
 
 
 def evaluate(checkpoint: str, tasks: list[str], include: str | None, limit: int | None, batch_size: str) -> dict:
-    """The questions of each task, with what was answered. Of a task with several filters (GSM8K) those of the last."""
+    """The questions of each task with the answers. A task with several filters (GSM8K) gives those of the last one."""
     samples = lm_eval.simple_evaluate(
         model="hf",
         model_args={"pretrained": checkpoint, "trust_remote_code": True, "dtype": "float32"},
@@ -44,7 +45,7 @@ def evaluate(checkpoint: str, tasks: list[str], include: str | None, limit: int 
 
 
 def choice(sample: dict):
-    """What was chosen: the number of the choice that is likeliest by the letter, or the text that was generated."""
+    """The number of the choice that is likeliest per character, or the generated text."""
     answers = sample["filtered_resps"]
     if len(answers) == 1:
         return answers[0]
@@ -53,22 +54,22 @@ def choice(sample: dict):
 
 
 def accuracy(samples: list[dict]) -> float:
-    """By the letter, where the task has that: of answers of any length, the shortest is nearly always the likeliest."""
+    """Per character where the task has that metric: otherwise the shortest answer is nearly always the likeliest."""
     metric = next(name for name in ("acc_norm", "acc", "exact_match") if name in samples[0])
     return sum(sample[metric] for sample in samples) / len(samples)
 
 
 def chance(samples: list[dict]) -> float:
     """
-    What whoever does not read the questions gets, by the best of these: guessing; one answer to all of them; of each
-    the shortest answer, the longest, or one of middling length.
+    The best accuracy of a rule that ignores the questions: guessing; one answer to all questions; always the shortest
+    answer, the longest, or one of median length.
     """
     if len(samples[0]["resps"]) == 1:
         return 0.0
     right_answers, by_rule = Counter(), [0.0] * 4
     for sample in samples:
         answers = [answer.strip() for _, answer in sample["arguments"]]
-        # lm-eval's tasks give the right answer's number or its text
+        # Tasks of lm-eval give the number of the right answer or its text
         target = sample["target"]
         right = answers[target] if isinstance(target, int) else target
         right_answers[right] += 1
@@ -80,7 +81,7 @@ def chance(samples: list[dict]) -> float:
 
 
 def better_than_chance(samples: list[dict]) -> bool:
-    """By two standard errors of chance."""
+    """Better by two standard errors of chance."""
     guess = chance(samples)
     return accuracy(samples) > guess + 2 * math.sqrt(guess * (1 - guess) / len(samples))
 
