@@ -54,7 +54,7 @@ def test_parameter_groups_hold_each_trained_parameter_once():
     model.requires_grad_(False)
     model.model.layers[-1].output_res.requires_grad_(True)
     (group,) = attn_res_parameter_groups(model, 1e-3)
-    assert group["params"] == [model.model.layers[-1].output_res.query, model.model.layers[-1].output_res.key_norm] and group["lr"] == 1e-3
+    assert group["params"] == list(model.model.layers[-1].output_res.parameters()) and group["lr"] == 1e-3
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -67,7 +67,7 @@ def test_what_trainer_does_not_decay_is_not_decayed(family, tmp_path):
     trainer_s = set(Trainer(model, arguments(tmp_path)).get_decay_parameter_names(model))
     trainer_s &= dict(model.named_parameters()).keys()  # not tied ones again
     assert decayed <= trainer_s
-    vectors = ("_res.query", "A_log", "sinks", "lightning_attn")
+    vectors = ("_res.query", "A_log", "sinks", "lightning_attn", "recurrent_param")
     assert {name for name in trainer_s - decayed if not name.endswith(vectors)} == set()
 
 
