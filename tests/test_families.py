@@ -190,8 +190,7 @@ def test_checkpoints_keep_the_base_s_layout(family, tmp_path, tokens):
 
 IN_THREADS = """
 import sys
-import subprocess
-import sys
+from concurrent.futures import ThreadPoolExecutor
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 import modeling_attnres
