@@ -29,7 +29,7 @@ from transformers import (
     set_seed,
 )
 
-from attnres_conversion import retrofit
+from modeling_attnres.conversion import retrofit
 from modeling_attnres.training import ATTN_RES_MODULES
 
 

@@ -10,7 +10,6 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 
-from . import saving  # noqa: F401  gives what is saved a model card
 from .configuration_attnres import AttnResConfig
 from .depth_attention import DepthAttention
 from .modeling_attnres import (

@@ -36,8 +36,8 @@ from text import default_files
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from attnres_conversion import retrofit, revert, verify
-from attnres_conversion.verify import TOLERANCE
+from modeling_attnres.conversion import retrofit, revert, verify
+from modeling_attnres.conversion.verify import TOLERANCE
 from modeling_attnres import AttnResConfig, AttnResForCausalLM
 
 

@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from attnres_conversion import retrofit, revert, verify
-from attnres_conversion.verify import TEXT
+from modeling_attnres.conversion import retrofit, revert, verify
+from modeling_attnres.conversion.verify import TEXT
 from modeling_attnres import AttnResForCausalLM, AttnResModel
 
 
@@ -621,7 +621,7 @@ def peak():
     with open("/proc/self/status") as status:
         return int(re.search(r"VmHWM:\\s+(\\d+) kB", status.read())[1]) // 1024
 idle = peak()
-from attnres_conversion import retrofit
+from modeling_attnres.conversion import retrofit
 retrofit(sys.argv[1], sys.argv[2])
 retrofitted = peak()
 block = bytearray(600 * 2**20)

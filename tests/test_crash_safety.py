@@ -17,7 +17,7 @@ from test_conversion import file_bytes, save_base, tensor_hashes
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
-from attnres_conversion import retrofit, revert, verify
+from modeling_attnres.conversion import retrofit, revert, verify
 
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks, mounts a small disk and reads /proc")

@@ -6,7 +6,7 @@ from conftest import attnres_of, randomise_depth_attention, tiny_base
 from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.integrations.executorch import TorchExportableModuleWithStaticCache
 
-from attnres_conversion import retrofit
+from modeling_attnres.conversion import retrofit
 from modeling_attnres.modeling_attnres import CACHE_NAME
 
 

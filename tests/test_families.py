@@ -10,7 +10,7 @@ from reference import reference_logits
 from safetensors.torch import load_file
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from attnres_conversion import retrofit, verify
+from modeling_attnres.conversion import retrofit, verify
 from modeling_attnres.configuration_attnres import SUPPORTED_BASE_MODEL_TYPES
 
 

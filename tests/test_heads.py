@@ -11,7 +11,7 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 
-from attnres_conversion import retrofit, revert, verify
+from modeling_attnres.conversion import retrofit, revert, verify
 from modeling_attnres import AttnResConfig
 
 

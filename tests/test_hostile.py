@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from test_conversion import file_bytes, save_base, spoil_config
 from test_crash_safety import in_child
 
-from attnres_conversion import retrofit, revert, verify
+from modeling_attnres.conversion import retrofit, revert, verify
 
 
 INDEX = "model.safetensors.index.json"

@@ -24,10 +24,10 @@ from test_remote_code import ISOLATED
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import modeling_attnres
-from attnres_conversion import inspect_checkpoint, push, retrofit, verify
-from attnres_conversion.page import write_page
-from attnres_conversion.pictures import write_pictures
-from attnres_conversion.push import keep_verification
+from modeling_attnres.conversion import inspect_checkpoint, push, retrofit, verify
+from modeling_attnres.conversion.page import write_page
+from modeling_attnres.conversion.pictures import write_pictures
+from modeling_attnres.conversion.push import keep_verification
 from modeling_attnres import AttnResConfig, AttnResForCausalLM
 from modeling_attnres.inspected import weights_digest
 from modeling_attnres.model_card import with_pictures

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from test_conversion import new_shard, tensor_hashes
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TorchAoConfig
 
-from attnres_conversion import retrofit, revert, verify
+from modeling_attnres.conversion import retrofit, revert, verify
 from modeling_attnres import ATTN_RES_MODULES
 
 

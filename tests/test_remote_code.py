@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from test_conversion import save_base
 from transformers.dynamic_module_utils import get_imports
 
-from attnres_conversion import retrofit
+from modeling_attnres.conversion import retrofit
 
 
 # An import hook that knows of no such packages, so that an installed one cannot help
@@ -24,7 +24,7 @@ ISOLATED = """
 import sys
 class Refuse:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("modeling_attnres", "attnres_conversion"):
+        if name.split(".")[0] in ("modeling_attnres", "modeling_attnres.conversion"):
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 sys.meta_path.insert(0, Refuse())
 import torch

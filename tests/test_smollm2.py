@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from attnres_conversion import retrofit, verify
+from modeling_attnres.conversion import retrofit, verify
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from server import chat, served
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from vllm_environment import VLLM_PYTHON, environment, job, run_jobs
 
-from attnres_conversion import retrofit
+from modeling_attnres.conversion import retrofit
 
 
 pytestmark = pytest.mark.skipif(
