@@ -74,9 +74,7 @@ def retrofit(
     architecture = config_json["architectures"][0]
     new = new_tensors(config, architecture)
     _check_weights(source, config, architecture, new)
-    if "model.embed_tokens.weight" not in source.tensors and architecture != "AttnResModel":
-        # transformers also loads a model with a head by the names of its bare decoder
-        new = {name.removeprefix("model."): shape for name, shape in new.items()}
+    new = _as_named_in(source, new)
     if taken := sorted(new.keys() & source.tensors.keys()):
         raise ValueError(f"{source.folder} already holds a tensor {taken[0]!r}, the name of one that a retrofit adds.")
 
@@ -149,7 +147,7 @@ def read_config(checkpoint: Checkpoint) -> AttnResConfig:
     try:
         return AttnResConfig.from_dict(checkpoint.config)
     except Exception as error:  # noqa: BLE001  a stranger's file: transformers may fail on it anywhere
-        raise ValueError(f"{checkpoint.folder / CONFIG} is not a valid configuration: {error}") from error
+        raise ValueError(f"{checkpoint.folder / CONFIG} is not a valid configuration: {_reason(error)}") from error
 
 
 def require_attnres(checkpoint: Checkpoint) -> None:
@@ -176,9 +174,14 @@ def new_tensors_of(checkpoint: Checkpoint) -> dict[str, list[int]]:
         new = new_tensors(config, checkpoint.architecture)
     except Exception as error:  # noqa: BLE001  as for the configuration
         raise ValueError(f"No model can be built from {path}: {error}") from error
-    if "embed_tokens.weight" in checkpoint.tensors:
-        new = {name.removeprefix("model."): shape for name, shape in new.items()}
-    return new
+    return _as_named_in(checkpoint, new)
+
+
+def _as_named_in(checkpoint: Checkpoint, new: dict[str, list[int]]) -> dict[str, list[int]]:
+    """transformers also loads a model with a head by the names of its bare decoder."""
+    if any(name.startswith("model.") for name in checkpoint.tensors):
+        return new
+    return {name.removeprefix("model."): shape for name, shape in new.items()}
 
 
 def code_files() -> list[Path]:
@@ -208,7 +211,15 @@ def _attnres_config(source: Checkpoint, attn_res: dict[str, Any]) -> AttnResConf
     if not isinstance(width, int):
         raise ValueError(f"`hidden_size` of {source.folder / CONFIG} is {width!r}, but it has to be a number.")
     attn_res = {"attn_res_temperature": width / WIDTH_AT_TEMPERATURE_1, **attn_res}
-    return AttnResConfig.from_dict({**source.config, **attn_res})
+    try:
+        return AttnResConfig.from_dict({**source.config, **attn_res})
+    except Exception as error:  # noqa: BLE001  a validator wraps its `ValueError` or `TypeError`
+        raise ValueError(_reason(error)) from error
+
+
+def _reason(error: Exception) -> str:
+    """The error's text; of a validator's, without the validator's name."""
+    return str(error.__cause__ or error)
 
 
 def _config_json(source: Checkpoint, config: AttnResConfig) -> dict[str, Any]:

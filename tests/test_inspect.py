@@ -215,7 +215,7 @@ def test_labels_tell_checkpoints_apart(tmp_path, monkeypatch):
 
 
 def test_what_is_wrong_is_said(folders, tmp_path):
-    with pytest.raises(ValueError, match="is not AttnRes: its `model_type` is 'llama'"):
+    with pytest.raises(ValueError, match="is not an AttnRes checkpoint: its `model_type` is 'llama'"):
         inspect_checkpoint(folders / "base", TEXT)
     with pytest.raises(ValueError, match="The text has 1 tokens, but a loss needs at least 2"):
         inspect_checkpoint(folders / "retrofit", "word1")
