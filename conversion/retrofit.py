@@ -86,6 +86,7 @@ def retrofit(
         ours.add(TOKENIZER_CONFIG)
     elif tokenizer_class is not None:
         config_json["tokenizer_class"] = tokenizer_class
+    card = _card(source, config, architecture)
     # Listed before anything is written: a file that vanishes meanwhile is an error
     others = [file for file in source.other_files() if str(file) not in ours]
     replaced = [name for name in sorted(ours) if (source.folder / name).is_file()]
@@ -104,15 +105,23 @@ def retrofit(
         place_files((source.folder / name, folder / REPLACED / name) for name in replaced)
         for file in code:
             (folder / file.name).write_bytes(file.read_bytes())
-        (folder / CARD).write_text(_card(source, config, architecture), encoding="utf-8", newline="\n")
+        (folder / CARD).write_text(card, encoding="utf-8", newline="\n")
         check_copy(source, folder, source.tensors)
     return Path(output)
 
 
 def new_tensors(config: AttnResConfig, architecture: str) -> dict[str, list[int]]:
-    """Names and shapes of the tensors that a model of this configuration and class has beside those of its base."""
-    with torch.device("meta"):
-        model = getattr(modeling_attnres, architecture)(config)
+    """
+    Names and shapes of the tensors that a model of this configuration and class has beside those of its base.
+
+    Raises:
+        `ValueError`: no such model can be built.
+    """
+    try:
+        with torch.device("meta"):
+            model = getattr(modeling_attnres, architecture)(config)
+    except Exception as error:  # noqa: BLE001  a stranger's configuration: transformers may fail on it anywhere
+        raise ValueError(f"No model can be built from this configuration: {error}") from error
     return {
         f"{name}.{parameter_name}": list(parameter.shape)
         for name, module in model.named_modules()
@@ -166,15 +175,12 @@ def new_tensors_of(checkpoint: Checkpoint) -> dict[str, list[int]]:
     """
     require_attnres(checkpoint)
     classes = {name.split(".")[1] for auto_class, name in AUTO_MAP.items() if auto_class != "AutoConfig"}
-    path = checkpoint.folder / CONFIG
     if checkpoint.architecture not in classes:
-        raise ValueError(f"`architectures` of {path} names {checkpoint.architecture!r}, which is no AttnRes model.")
-    config = read_config(checkpoint)
-    try:
-        new = new_tensors(config, checkpoint.architecture)
-    except Exception as error:  # noqa: BLE001  as for the configuration
-        raise ValueError(f"No model can be built from {path}: {error}") from error
-    return _as_named_in(checkpoint, new)
+        raise ValueError(
+            f"`architectures` of {checkpoint.folder / CONFIG} names {checkpoint.architecture!r}, which is no AttnRes "
+            "model."
+        )
+    return _as_named_in(checkpoint, new_tensors(read_config(checkpoint), checkpoint.architecture))
 
 
 def _as_named_in(checkpoint: Checkpoint, new: dict[str, list[int]]) -> dict[str, list[int]]:
