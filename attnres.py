@@ -71,7 +71,6 @@ def retrofit(
         "attn_res_norm_eps": norm_eps,
         "attn_res_temperature": temperature,
     }
-    options = {name: value for name, value in options.items() if value is not None}
     with errors_in_one_line():
         from modeling_attnres.conversion import push, retrofit, verify
         from modeling_attnres.conversion.retrofit import summary

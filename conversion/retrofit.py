@@ -55,8 +55,9 @@ def retrofit(
         link (`bool`, *optional*, defaults to `False`):
             hard-link the base's weights instead of copying them. Both folders then share them.
         revision (`str`, *optional*): branch, tag or commit of a base on the Hub.
-        attn_res: the `attn_res_*` fields of [`AttnResConfig`] that are to differ from their defaults. The default of
-            `attn_res_temperature` is `hidden_size / 128` here: one learning rate then suits all widths.
+        attn_res: the `attn_res_*` fields of [`AttnResConfig`] that are to differ from their defaults, which a `None`
+            stands for too. The default of `attn_res_temperature` is `hidden_size / 128` here: one learning rate then
+            suits all widths.
 
     Returns:
         `Path`: the output.
@@ -216,6 +217,7 @@ def _attnres_config(source: Checkpoint, attn_res: dict[str, Any]) -> AttnResConf
     width = read_config(source).hidden_size
     if not isinstance(width, int):
         raise ValueError(f"`hidden_size` of {source.folder / CONFIG} is {width!r}, but it has to be a number.")
+    attn_res = {name: value for name, value in attn_res.items() if value is not None}
     attn_res = {"attn_res_temperature": width / WIDTH_AT_TEMPERATURE_1, **attn_res}
     try:
         return AttnResConfig.from_dict({**source.config, **attn_res})
