@@ -35,6 +35,7 @@ def attnres(
     Example: attnres retrofit Qwen/Qwen3-0.6B qwen3-attnres
     """
 
+
 @app.command()
 def retrofit(
     base: Annotated[str, typer.Argument(help="Folder or Hub id of the base checkpoint.")],
@@ -53,10 +54,6 @@ def retrofit(
         float | None, typer.Option(help="Divisor of the logits.", show_default="hidden_size / 128")
     ] = None,
     link: Annotated[bool, typer.Option("--link", help="Hard-link the base's weights, copy nothing.")] = False,
-    push_to_hub: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Verify it, then upload it under this Hub id.")
-    ] = None,
-    private: Private = False,
     revision: Revision = None,
 ):
     """
@@ -72,30 +69,16 @@ def retrofit(
         "attn_res_temperature": temperature,
     }
     with errors_in_one_line():
-        from modeling_attnres.conversion import push, retrofit, verify
+        from modeling_attnres.conversion import retrofit
         from modeling_attnres.conversion.retrofit import summary
-        from modeling_attnres.conversion.verify import keep_verification
 
-        try:
-            retrofit(base, output, link=link, revision=revision, **options)
-        except FileExistsError as error:
-            if push_to_hub is None:
-                raise
-            go_on = shlex.join(["attnres", "push", str(output), push_to_hub])
-            raise FileExistsError(f"{error} To continue an interrupted upload: {go_on}") from error
+        retrofit(base, output, link=link, revision=revision, **options)
         typer.echo(f"Wrote {output}: {summary(output)}.")
-        if push_to_hub is not None:
-            result = verify(base, output, revision=revision)
-            typer.echo(result)
-            if scale == "sum" and not result.passed:
-                raise ValueError(f"{output} does not compute what {base} computes, and was not uploaded.")
-            keep_verification(output, result)
-            typer.echo(f"Uploaded to {push(output, push_to_hub, private=private)}")
-        elif scale == "sum":
-            compare = ["attnres", "verify", base, str(output), *(["--revision", revision] if revision else [])]
-            typer.echo(f"Next: {shlex.join(compare)}")
-        else:
-            typer.echo("Next: train it. With the scale 'mean' it differs from its base until then.")
+    if scale == "sum":
+        compare = ["attnres", "verify", base, str(output), *(["--revision", revision] if revision else [])]
+        typer.echo(f"Next: {shlex.join(compare)}")
+    else:
+        typer.echo("Next: train it. With the scale 'mean' it differs from its base until then.")
 
 
 @app.command()
@@ -107,24 +90,17 @@ def verify(
     """
     Compare an AttnRes checkpoint with its base.
 
-    Compares tensors, tokenizer and logits. Exits with 1 if they differ. If they are the same, the model card in the
-    folder says so afterwards.
+    Compares tensors, tokenizer and logits. Exits with 1 if they differ.
 
     Example: attnres verify Qwen/Qwen3-0.6B qwen3-attnres
     """
     with errors_in_one_line():
         from modeling_attnres.conversion import verify
-        from modeling_attnres.conversion.verify import keep_verification
 
         result = verify(base, attnres, revision=revision)
-        typer.echo(result)
-        if not result.passed:
-            raise typer.Exit(1)
-        if (Path(attnres) / "README.md").is_file():
-            try:
-                keep_verification(Path(attnres), result)
-            except (OSError, ValueError) as error:
-                typer.echo(f"The model card does not say so: {error}", err=True)
+    typer.echo(result)
+    if not result.passed:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -212,6 +188,24 @@ def push(
         from modeling_attnres.conversion import push
 
         typer.echo(f"Uploaded to {push(checkpoint, name, private=private)}")
+
+
+@app.command()
+def card(
+    checkpoint: Annotated[Path, typer.Argument(help="Folder of a trained AttnRes checkpoint.")],
+    retrofit: Annotated[str, typer.Argument(help="Folder or Hub id of the retrofit that it was trained from.")],
+):
+    """
+    Write the model card of a trained checkpoint.
+
+    Base and license are those in the retrofit's card. A card that is there is replaced.
+
+    Example: attnres card my-checkpoint qwen3-attnres
+    """
+    with errors_in_one_line():
+        from modeling_attnres.conversion.push import write_card
+
+        typer.echo(f"Wrote {write_card(checkpoint, retrofit)}")
 
 
 @contextmanager

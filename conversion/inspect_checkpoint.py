@@ -274,8 +274,8 @@ def tables(inspections: list[Inspection]) -> str:
         ]
         parts.append(_table(["checkpoint", "loss", "entropy", "|query|"], rows))
     parts.append(
-        f"{last.name}: {len(last.tokens)} tokens, loss {last.loss:.3f}. Mean weight times number of sources: 1 is as in "
-        "the base. Entropy 1: equal weights."
+        f"{last.name}: {len(last.tokens)} tokens, loss {last.loss:.3f}. Numbers: mean weight × sources (1: as in "
+        "the base). Entropy 1: equal weights."
     )
     parts.append(_weights_table(last))
     if last.loss_changes is not None:

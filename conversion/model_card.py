@@ -1,7 +1,6 @@
 # Copyright 2026 The modeling_attnres authors. Licensed under the Apache License, Version 2.0.
-"""The model card: base, license, how to load the model, how it was made, what `verify` found."""
+"""The model card: base, license, how to load the model, how it was made."""
 
-import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,6 @@ _TASKS = {
     "AutoModelForSequenceClassification": "text-classification",
     "AutoModelForTokenClassification": "token-classification",
 }
-_START, _END = "<!-- start of what `attnres verify` found -->", "<!-- end of what `attnres verify` found -->"
 
 
 def card_metadata(path: Path) -> dict[str, Any]:
@@ -62,7 +60,13 @@ def carried_license(folder: Path) -> dict[str, Any]:
 
 
 def model_card(
-    config: AttnResConfig, auto_class: str, base: str, license: dict[str, Any], made: str, base_id: str | None = None
+    config: AttnResConfig,
+    auto_class: str,
+    base: str,
+    license: dict[str, Any],
+    state: str,
+    made: str,
+    base_id: str | None = None,
 ) -> str:
     r"""
     The card of an AttnRes checkpoint.
@@ -72,6 +76,7 @@ def model_card(
         auto_class (`str`): the Auto class that loads it, for instance `"AutoModelForCausalLM"`.
         base (`str`): name of its base.
         license (`dict[str, Any]`): the metadata on it, as [`carried_license`] gives them.
+        state (`str`): how its weights relate to the base's.
         made (`str`): how it was made.
         base_id (`str`, *optional*): Hub id of its base, if it has one.
 
@@ -83,7 +88,6 @@ def model_card(
     )
     block = f"blocks of {config.attn_res_block_size} decoder layers"
     sources = block if config.attn_res_type == "block" else "each sublayer's output"
-    exact = ", and the model computes what its base computes" if config.attn_res_scale == "sum" else ""
     return f"""---
 {data.to_yaml()}
 ---
@@ -92,7 +96,7 @@ def model_card(
 
 {f"[{base}](https://huggingface.co/{base_id})" if base_id else base} with [Attention Residuals](https://arxiv.org/abs/2603.15031)
 in place of its residual connections: each sublayer attends over depth. Sources: {sources}; scale:
-`{config.attn_res_scale}`. Until it is trained further, its weights are the base's and its queries are zero{exact}.
+`{config.attn_res_scale}`. {state}
 
 ## How to load it
 
@@ -109,9 +113,3 @@ tokenizer = AutoTokenizer.from_pretrained("{PLACEHOLDER}", trust_remote_code=Tru
 
 torch {torch.__version__}, transformers {transformers.__version__}.
 """
-
-
-def with_verification(card: str, text: str) -> str:
-    """The card with this as its last section, in place of an older one."""
-    card = re.sub(rf"\n*{re.escape(_START)}.*?{re.escape(_END)}\n*", "\n", card, flags=re.DOTALL).rstrip()
-    return f"{card}\n\n{_START}\n## Verification\n\n{text}\n{_END}\n"

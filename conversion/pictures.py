@@ -2,6 +2,7 @@
 """Inspections as pictures."""
 
 from importlib.util import find_spec
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -104,30 +105,21 @@ def _factor_norm(inspections: list[Inspection]):
 
 
 def draw_entropies(figure, inspections: list[Inspection]) -> None:
-    """Mean entropy for each sublayer, with the range in which nine of ten tokens lie."""
-    axes = _sublayer_axes(figure, inspections[-1])
-    for inspection, (color, line, marker) in zip(inspections, _lines(inspections)):
-        entropies, x = inspection.entropies, range(len(inspection.sublayers))
-        axes.plot(x, entropies.mean(1), line, color=color, marker=marker, markersize=3, label=inspection.name)
-        low, high = entropies.quantile(0.05, dim=1), entropies.quantile(0.95, dim=1)
-        axes.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
+    """Mean entropy of each sublayer, with the range of nine tokens in ten."""
+    axes = _draw_lines(figure, inspections, [inspection.entropies.mean(1) for inspection in inspections])
+    for line, inspection in zip(axes.get_lines(), inspections):
+        low, high = inspection.entropies.quantile(0.05, dim=1), inspection.entropies.quantile(0.95, dim=1)
+        axes.fill_between(range(len(low)), low, high, color=line.get_color(), alpha=0.15, linewidth=0)
     axes.set_ylabel("entropy / that of equal weights")
-    axes.set_title("How evenly the sublayers look (line: mean, band: 5 to 95 % of the tokens)")
-    axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    axes.set_title("How even the weights are (line: mean, band: 5 to 95 % of the tokens)")
 
 
 def draw_query_norms(figure, inspections: list[Inspection]) -> None:
-    """How far each query has come from zero."""
-    axes = _sublayer_axes(figure, inspections[-1])
-    for inspection, (color, line, marker) in zip(inspections, _lines(inspections)):
-        x = range(len(inspection.sublayers))
-        axes.plot(
-            x, inspection.query_norms.numpy(), line, color=color, marker=marker, markersize=3, label=inspection.name
-        )
+    """How far each query is from zero."""
+    axes = _draw_lines(figure, inspections, [inspection.query_norms for inspection in inspections])
     axes.set_ylim(bottom=0)
     axes.set_ylabel("norm of the query")
-    axes.set_title("How far the queries have come from zero")
-    axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    axes.set_title("How far the queries are from zero")
 
 
 def draw_dilution(figure, inspections: list[Inspection]) -> None:
@@ -150,11 +142,6 @@ def draw_dilution(figure, inspections: list[Inspection]) -> None:
         axes.legend()
 
 
-def _lines(inspections: list[Inspection]) -> list[tuple[str, str, str]]:
-    """Four that are told apart, then the same again."""
-    return [LINES[i % len(LINES)] for i in range(len(inspections))]
-
-
 def _heat_map_panels(figure, inspection: Inspection, count: int) -> list["Axes"]:
     width = 1.6 + count * (0.9 + 0.22 * max(len(inspection.sources), 6))
     figure.set_size_inches(width, 1.4 + 0.13 * max(len(inspection.sublayers), 16))
@@ -171,9 +158,14 @@ def _heat_map(axes: "Axes", inspection: Inspection, values, norm):
     return image
 
 
-def _sublayer_axes(figure, inspection: Inspection) -> "Axes":
-    figure.set_size_inches(max(7, 2 + 0.14 * len(inspection.sublayers)), 3.6)
+def _draw_lines(figure, inspections: list[Inspection], values: list) -> "Axes":
+    """One line for each inspection, over the sublayers."""
+    sublayers = inspections[0].sublayers
+    figure.set_size_inches(max(7, 2 + 0.14 * len(sublayers)), 3.6)
     axes = figure.subplots()
-    axes.set_xticks(range(len(inspection.sublayers)), inspection.sublayers, rotation=90, fontsize=6)
+    for inspection, numbers, (color, line, marker) in zip(inspections, values, cycle(LINES)):
+        axes.plot(numbers.tolist(), line, color=color, marker=marker, markersize=3, label=inspection.name)
+    axes.set_xticks(range(len(sublayers)), sublayers, rotation=90, fontsize=6)
     axes.grid(alpha=0.3)
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return axes

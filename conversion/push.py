@@ -6,9 +6,42 @@ from pathlib import Path
 from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HTTPError
 
-from .model_card import PLACEHOLDER, card_metadata
-from .reading import CARD, CONFIG, INDEX, read_checkpoint
-from .retrofit import require_attnres
+import modeling_attnres
+
+from .model_card import PLACEHOLDER, card_metadata, carried_license, model_card
+from .reading import CARD, CONFIG, INDEX, find_checkpoint, read_checkpoint
+from .retrofit import new_tensors_of, read_config, require_attnres
+from .revert import trained_queries
+
+
+def write_card(checkpoint: str | Path, retrofit: str | Path) -> Path:
+    r"""
+    Writes the model card of a trained checkpoint, in place of the one that is there. Base and license are those in the
+    card of the retrofit that it was trained from.
+
+    Args:
+        checkpoint (`str` or `Path`): folder of the trained AttnRes checkpoint.
+        retrofit (`str` or `Path`): folder or Hub id of the retrofit.
+
+    Returns:
+        `Path`: the card.
+
+    Raises:
+        `FileNotFoundError`, `ValueError`: not a whole AttnRes checkpoint, or a retrofit without a readable card.
+    """
+    files, source = read_checkpoint(Path(checkpoint)), find_checkpoint(retrofit)
+    if not (source / CARD).is_file():
+        raise FileNotFoundError(f"{source} has no {CARD}, which names base and license.")
+    queries = [name for name in new_tensors_of(files) if name.endswith(".query") and name in files.tensors]
+    base_id = card_metadata(source / CARD).get("base_model")
+    base = base_id or f"A {files.config['base_model_type']} model"
+    count = len(trained_queries(files, queries))
+    state = f"It was trained from a retrofit: {count} of {len(queries)} queries are not zero."
+    made = f"Trained from the retrofit `{source.name}`."
+    auto_class = getattr(modeling_attnres, files.architecture)._auto_class
+    card = model_card(read_config(files), auto_class, base, carried_license(source), state, made, base_id)
+    (files.folder / CARD).write_text(card, encoding="utf-8", newline="\n")
+    return files.folder / CARD
 
 
 def push(checkpoint: str | Path, name: str, *, private: bool = False) -> str:

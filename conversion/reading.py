@@ -40,7 +40,7 @@ class Checkpoint:
     Attributes:
         folder (`Path`): where it is.
         config (`dict`): config.json.
-        shards (`dict[str, dict]`): the header of each shard: `dtype`, `shape` and `data_offsets` of its tensors by name.
+        shards (`dict[str, dict]`): header of each shard: `dtype`, `shape` and `data_offsets` of each tensor.
         stamps (`dict[Path, tuple]`): inode, size and time of the last change of each file.
     """
 
@@ -89,7 +89,9 @@ def find_checkpoint(source: str | Path, revision: str | None = None) -> Path:
     source = str(source)
     if os.path.isdir(source):
         if revision is not None:
-            raise ValueError(f"`revision` is {revision!r}, but {source} is a local folder, which has none: leave it out.")
+            raise ValueError(
+                f"`revision` is {revision!r}, but {source} is a local folder, which has none: leave it out."
+            )
         return Path(source)
     nothing = f"{source} is neither a local folder nor a Hub id (`name` or `owner/name`)"
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", source):

@@ -140,7 +140,9 @@ def summary(folder: Path) -> str:
     total = sum(map(parameter_count, checkpoint.tensors.values()))
     layers, size = config.num_hidden_layers, config.attn_res_block_size
     sources = "each sublayer's output" if config.attn_res_type == "full" else f"{-(-layers // size)} blocks of {size}"
-    exact = "computes what its base computes" if config.attn_res_scale == "sum" else "does not compute what its base does"
+    exact = (
+        "computes what its base computes" if config.attn_res_scale == "sum" else "does not compute what its base does"
+    )
     return (
         f"{config.base_model_type}, {layers} layers, {config.attn_res_type} ({sources}), {count:,} new parameters "
         f"({count / total:.2%}); it {exact}"
@@ -161,10 +163,9 @@ def read_config(checkpoint: Checkpoint) -> AttnResConfig:
 
 
 def require_attnres(checkpoint: Checkpoint) -> None:
-    if checkpoint.config["model_type"] != "attnres":
-        raise ValueError(
-            f"{checkpoint.folder} is not an AttnRes checkpoint: its `model_type` is {checkpoint.config['model_type']!r}."
-        )
+    model_type = checkpoint.config["model_type"]
+    if model_type != "attnres":
+        raise ValueError(f"{checkpoint.folder} is not an AttnRes checkpoint: its `model_type` is {model_type!r}.")
 
 
 def new_tensors_of(checkpoint: Checkpoint) -> dict[str, list[int]]:
@@ -210,8 +211,8 @@ def _attnres_config(source: Checkpoint, attn_res: dict[str, Any]) -> AttnResConf
         raise ValueError(f"{source.folder} is an AttnRes checkpoint already: its `model_type` is 'attnres'.")
     if (source.folder / REPLACED).exists():
         raise ValueError(
-            f"{source.folder / REPLACED} is in the way: a retrofit keeps the files that it replaces in a folder of this "
-            "name. Rename it."
+            f"{source.folder / REPLACED} is in the way: a retrofit keeps the files that it replaces in a folder "
+            "of this name. Rename it."
         )
     # First without the options, so that an error blames config.json only if it is to blame
     width = read_config(source).hidden_size
@@ -235,8 +236,8 @@ def _config_json(source: Checkpoint, config: AttnResConfig) -> dict[str, Any]:
     kind = re.search(r"(ForCausalLM|ForSequenceClassification|ForTokenClassification|Model)$", source.architecture)
     if kind is None:
         raise ValueError(
-            f"`architectures` of {source.folder / CONFIG} names {source.architecture}, but only a causal language model, "
-            "a sequence or token classifier and a decoder without a head (…Model) can be retrofitted."
+            f"`architectures` of {source.folder / CONFIG} names {source.architecture}, but only a causal language "
+            "model, a sequence or token classifier and a decoder without a head (…Model) can be retrofitted."
         )
     auto_map = source.config.get("auto_map") or {}
     if any(name.startswith("AutoModel") for name in auto_map):
@@ -293,7 +294,8 @@ def _check_weights(source: Checkpoint, config: AttnResConfig, architecture: str,
             logging.enable_progress_bar()
     for name, shape, expected in sorted(problems["mismatched_keys"]):
         raise ValueError(
-            f"The tensor {name!r} of {source.folder} has the shape {list(shape)}, but {CONFIG} makes it {list(expected)}."
+            f"The tensor {name!r} of {source.folder} has the shape {list(shape)}, but {CONFIG} makes it "
+            f"{list(expected)}."
         )
     for name in sorted(problems["missing_keys"] - new.keys()):
         raise ValueError(
@@ -353,4 +355,7 @@ def _card(source: Checkpoint, config: AttnResConfig, architecture: str) -> str:
     name = hub_id or os.path.basename(os.path.abspath(source.folder))
     words = ["attnres", "retrofit", name, "OUTPUT", *(str(word) for option in options.items() for word in option)]
     auto_class = getattr(modeling_attnres, architecture)._auto_class
-    return model_card(config, auto_class, name, carried_license(source.folder), f"`{shlex.join(words)}`", hub_id)
+    exact = ", and the model computes what its base computes" if config.attn_res_scale == "sum" else ""
+    state = f"Until it is trained further, its weights are the base's and its queries are zero{exact}."
+    made = f"`{shlex.join(words)}`"
+    return model_card(config, auto_class, name, carried_license(source.folder), state, made, hub_id)

@@ -1,7 +1,6 @@
 # Copyright 2026 The modeling_attnres authors. Licensed under the Apache License, Version 2.0.
 """Verify: does a retrofit compute what its base computes?"""
 
-import os
 import warnings
 from contextlib import suppress
 from dataclasses import dataclass
@@ -12,11 +11,9 @@ import torch
 from tqdm import tqdm
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-from .model_card import with_verification
-from .reading import CARD, TOKENIZER_CONFIG, Checkpoint, find_checkpoint, hub_snapshot, read_checkpoint
+from .reading import TOKENIZER_CONFIG, Checkpoint, find_checkpoint, read_checkpoint
 from .retrofit import new_tensors_of
 from .revert import trained_queries
-from .writing import replace_text
 
 
 # Of the largest logit. float32 alone leaves 2e-6 on a real model whose residual stream reaches 25,000
@@ -37,14 +34,11 @@ class Verification:
         max_difference (`float`): largest difference between the logits of base and retrofit.
         max_logit (`float`): largest logit of the base.
         trained_queries (`int`): how many queries are not zero any more.
-        base (`str`), commit (`str`, *optional*): Hub id and commit of the base, or its folder's name.
     """
 
     max_difference: float
     max_logit: float
     trained_queries: int
-    base: str
-    commit: str | None
 
     @property
     def relative_difference(self) -> float:
@@ -91,22 +85,12 @@ def verify(base: str | Path, attnres: str | Path, *, revision: str | None = None
     with tqdm(total=4, desc="Comparing", delay=1) as progress:
         expected = _logits(source, progress)
         actual = _logits(checkpoint, progress)
-    name, commit = hub_snapshot(source.folder) or (os.path.basename(os.path.abspath(source.folder)), None)
     return Verification(
         # torch's max keeps a NaN, Python's loses it
         max_difference=torch.stack([(a - e).abs().max() for a, e in zip(actual, expected)]).max().item(),
         max_logit=torch.stack([e.abs().max() for e in expected]).max().item(),
         trained_queries=len(trained_queries(checkpoint, [name for name in new if name.endswith(".query")])),
-        base=name,
-        commit=commit,
     )
-
-
-def keep_verification(folder: Path, verification: Verification) -> None:
-    """Writes the result of [`verify`] into the card of a checkpoint."""
-    base = f"`{verification.base}`{f' at commit {verification.commit}' if verification.commit else ''}"
-    text = f"Compared with its base, {base}, by `attnres verify`, in float32.\n\n{verification}"
-    replace_text(folder / CARD, with_verification((folder / CARD).read_text(encoding="utf-8"), text))
 
 
 def _compare_tensors(base: Checkpoint, attnres: Checkpoint, new: dict[str, list[int]]) -> None:

@@ -40,7 +40,9 @@ def new_folder(output: Path, source: Path) -> Iterator[Path]:
         raise ValueError(f"The output {output} lies in the source {source}: choose a folder outside of it.")
     target.parent.mkdir(parents=True, exist_ok=True)
     for unfinished in target.parent.glob(f".{glob.escape(target.name)}.{'[0-9a-f]' * 8}.partial"):
-        message = f"{unfinished} was left by a killed run, or belongs to one that is still going: if none is, remove it."
+        message = (
+            f"{unfinished} was left by a killed run, or belongs to one that is still going: if none is, remove it."
+        )
         warnings.warn(message, stacklevel=4)
     partial = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.partial"
     try:
@@ -65,6 +67,7 @@ def new_folder(output: Path, source: Path) -> Iterator[Path]:
 def place_files(pairs: Iterable[tuple[Path, Path]], link: bool = False) -> None:
     """Copies, or hard-links, each first path to the second. A long copy shows its progress."""
     pairs = list(pairs)
+    buffer = memoryview(bytearray(0 if link else 16 * 2**20))
     size = 0 if link else sum(source.stat().st_size for source, _ in pairs)
     with tqdm(total=size, desc="Copying", unit="B", unit_scale=True, delay=1, disable=link) as progress:
         for source, target in pairs:
@@ -80,9 +83,9 @@ def place_files(pairs: Iterable[tuple[Path, Path]], link: bool = False) -> None:
             # A private file stays private
             opener = functools.partial(os.open, mode=source.stat().st_mode & 0o777 | 0o600)
             with source.open("rb") as reader, open(target, "xb", opener=opener) as writer:
-                while chunk := reader.read(16 * 2**20):
-                    writer.write(chunk)
-                    progress.update(len(chunk))
+                while length := reader.readinto(buffer):
+                    writer.write(buffer[:length])
+                    progress.update(length)
 
 
 def shard_name(number: int, count: int) -> str:
@@ -121,24 +124,15 @@ def check_copy(source: Checkpoint, folder: Path, names: Iterable[str]) -> None:
     """
     expected, written = source.tensors, read_checkpoint(folder).tensors
     fits = all(
-        name in written and [written[name][key] for key in ("dtype", "shape")] == [expected[name][k] for k in ("dtype", "shape")]
+        name in written
+        and (written[name]["dtype"], written[name]["shape"]) == (expected[name]["dtype"], expected[name]["shape"])
         for name in names
     )
-    used = {CONFIG, INDEX, *source.shards, *map(str, source.other_files())}
     now = file_stamps(source.folder)
-    changed = any(now.get(path, stamp) != stamp for path, stamp in source.stamps.items() if str(path.relative_to(source.folder)) in used)
+    used = [source.folder / file for file in (CONFIG, INDEX, *source.shards, *source.other_files())]
+    changed = any(now[file] != source.stamps[file] for file in used if file in now and file in source.stamps)
     if changed or not fits:
         raise ValueError(f"{source.folder} changed while it was copied: try again when nothing writes to it.")
-
-
-def replace_text(path: Path, content: str) -> None:
-    """Writes a file in the place of another. A killed process leaves the old one or the new one."""
-    new = path.with_name(f".{path.name}.partial")
-    new.write_text(content, encoding="utf-8", newline="\n")
-    shutil.copymode(path, new)
-    _sync(new)
-    # A file of the Hub cache is a link, and its target is left alone
-    new.replace(path)
 
 
 def _sync(path: Path) -> None:

@@ -33,7 +33,7 @@ def recorded_weights(model: nn.Module) -> Iterator[list[torch.Tensor]]:
 
 @contextmanager
 def masked_sources(model: nn.Module, mask: torch.BoolTensor) -> Iterator[None]:
-    """Takes sources out of depth attentions, as if they were not there: `mask` has a row for each, `False` leaves out."""
+    """Takes sources out of depth attentions, as if they were not there: `mask` has a row for each, `False` drops."""
     with ExitStack() as hooks:
         for module, row in zip(depth_attentions(model), mask.tolist(), strict=True):
 

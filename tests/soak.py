@@ -36,9 +36,9 @@ from text import default_files
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from modeling_attnres import AttnResConfig, AttnResForCausalLM
 from modeling_attnres.conversion import retrofit, revert, verify
 from modeling_attnres.conversion.verify import TOLERANCE
-from modeling_attnres import AttnResConfig, AttnResForCausalLM
 
 
 def memory():

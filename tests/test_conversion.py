@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+from modeling_attnres import AttnResForCausalLM, AttnResModel
 from modeling_attnres.conversion import retrofit, revert, verify
 from modeling_attnres.conversion.verify import TEXT
-from modeling_attnres import AttnResForCausalLM, AttnResModel
 
 
 CARD = "---\nlicense: apache-2.0\nlanguage: en\n---\n# A base\n"
@@ -577,7 +577,9 @@ def test_what_is_neither_a_folder_nor_a_hub_id(tmp_path):
     for source in ("./no/such/folder", str(tmp_path / "nothing"), "a/b/c"):
         with pytest.raises(FileNotFoundError, match="neither a local folder nor a Hub id"):
             retrofit(source, tmp_path / "attnres")
-    with pytest.raises(FileNotFoundError, match="^someone/base is no local folder, it is not in the Hub cache, and the"):
+    with pytest.raises(
+        FileNotFoundError, match="^someone/base is no local folder, it is not in the Hub cache, and the"
+    ):
         retrofit("someone/base", tmp_path / "attnres")
     with pytest.raises(ValueError, match="`revision` is 'main'"):
         retrofit(save_base(tmp_path / "base"), tmp_path / "attnres", revision="main")

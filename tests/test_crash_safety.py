@@ -9,7 +9,6 @@ import sys
 import threading
 import time
 import warnings
-from pathlib import Path
 
 import pytest
 from test_conversion import file_bytes, save_base, tensor_hashes
@@ -308,5 +307,3 @@ def test_of_two_at_once_one_wins_and_the_other_says_so(work):
         answers = sorted(race(work), reverse=True)
         assert answers[0].startswith("FileExistsError: The output") and answers[1] == "'won'", answers
         assert work.check(), "and nothing is left of the loser"
-
-

@@ -10,8 +10,8 @@ from reference import reference_logits
 from safetensors.torch import load_file
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from modeling_attnres.conversion import retrofit, verify
 from modeling_attnres.configuration_attnres import SUPPORTED_BASE_MODEL_TYPES
+from modeling_attnres.conversion import retrofit, verify
 
 
 SHAPES = [{"attn_res_block_size": size} for size in (1, 2, 3)] + [{"attn_res_type": "full"}]

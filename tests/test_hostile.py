@@ -321,8 +321,6 @@ def test_an_index_that_lies_is_refused(case, sharded, secret, tmp_path):
     assert file_bytes(tmp_path) == before
 
 
-
-
 def test_names_of_tensors_are_no_paths(base, tmp_path):
     """They travel as they are, and nothing is written under them."""
     header, body = header_and_body(base / "model.safetensors")
@@ -615,5 +613,3 @@ def test_special_tokens_name_no_file_outside(tmp_path):
     (base / "special_tokens_map.json").write_text(json.dumps(outside))
     with pytest.raises(ValueError, match="`tokenizer_file` of .*special_tokens_map.json names"):
         retrofit(base, tmp_path / "attnres")
-
-

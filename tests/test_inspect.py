@@ -11,10 +11,10 @@ from conftest import attnres_of, randomise_depth_attention, save_word_tokenizer,
 from test_cli import attnres
 from transformers import AutoModelForCausalLM
 
+from modeling_attnres import DepthAttention
 from modeling_attnres.conversion import inspect_checkpoint, retrofit
 from modeling_attnres.conversion.inspect_checkpoint import labels, tables
 from modeling_attnres.conversion.pictures import write_pictures
-from modeling_attnres import DepthAttention
 
 
 WORDS = [f"word{i}" for i in range(99)]

@@ -85,7 +85,7 @@ def test_picking_a_token_shows_its_weights(page, inspections):
     assert [token.text for token in tokens] == TEXT.split()
     tokens[7].click()
     caption, _, _, at_7 = table(page)
-    assert caption.startswith('Token 7,') and last.tokens[7] in caption and at_7 == expected(last.weights[:, 7])
+    assert caption.startswith("Token 7,") and last.tokens[7] in caption and at_7 == expected(last.weights[:, 7])
     assert at_7 != mean and tokens[7].get_attribute("aria-pressed") == "true"
     tokens[7].send_keys(Keys.ARROW_RIGHT)
     assert table(page)[3] == expected(last.weights[:, 8]) and page.switch_to.active_element.text == last.tokens[8]

@@ -4,12 +4,12 @@ import pytest
 import torch
 from conftest import tiny_base
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from test_conversion import new_shard, tensor_hashes
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TorchAoConfig
 
-from modeling_attnres.conversion import retrofit, revert, verify
 from modeling_attnres import ATTN_RES_MODULES
+from modeling_attnres.conversion import retrofit, revert, verify
 
 
 SHAPE = {"hidden_size": 64, "intermediate_size": 128, "attention_bias": False, "mlp_bias": False}

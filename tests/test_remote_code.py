@@ -277,7 +277,7 @@ ROPES = {
 @pytest.mark.parametrize("named", [True, False], ids=["class named", "class not named"])
 @pytest.mark.parametrize("rope", ROPES)
 def test_the_tokenizer_needs_no_code_and_no_package(rope, named, tmp_path):
-    """With the rope fields that checkpoints of transformers 4 have. Asked for code, AutoTokenizer would wait for input."""
+    """With the rope fields that checkpoints of transformers 4 have."""
     family, rope_scaling = ROPES[rope]
     base = save_base(tmp_path / "base", family, rope_parameters=None)
     config = json.loads((base / "config.json").read_text())
