@@ -1,5 +1,5 @@
 """
-The runs that are too long for every day: each by its name, or all of them. The README's figures come from here.
+The runs that are too long for every day: each by its name, or all of them. The figures in README.md here come from it.
 
 python tests/soak.py all
 python tests/soak.py rounds --count 1000
