@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_attnres authors. Licensed under the Apache License, Version 2.0.
-"""From a base checkpoint to an AttnRes checkpoint and back, on files; a look inside, and the way to the Hub."""
+"""From a base checkpoint to an AttnRes checkpoint and back, on files; inspection; upload to the Hub."""
 
 from .inspect_checkpoint import inspect_checkpoint
 from .push import push

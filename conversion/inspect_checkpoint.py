@@ -1,20 +1,20 @@
 # Copyright 2026 The modeling_attnres authors. Licensed under the Apache License, Version 2.0.
-"""Inspect: where do the sublayers of a checkpoint look, how decidedly, and what is it good for?"""
+"""Inspect: which sources do the sublayers of a checkpoint attend over, and how much does each matter?"""
 
 import os
 from dataclasses import dataclass
 from math import inf
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import torch
 from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
-from .checkpoint import Checkpoint, download, read_checkpoint
+from modeling_attnres.probing import depth_attentions, depth_sources, masked_sources, recorded_weights
 
+from .reading import Checkpoint, find_checkpoint, read_checkpoint
+from .retrofit import require_attnres
 
-if TYPE_CHECKING:
-    import torch
-    from transformers import PreTrainedModel
 
 TEXT = """The river comes down from the hills in spring, when the snow melts, and for some weeks the lower fields stand
 under water. Farmers here have known it for as long as anyone can remember, and they build their houses on the high
@@ -27,10 +27,13 @@ fields?" He had no answer, and the river still comes down every spring.
 @dataclass
 class Dilution:
     """
-    What a signal has to stand up to on its way through a model, per layer. `outputs`: the root mean square of what the
-    layer leaves (the residual stream; with AttnRes the sum of the running block or the MLP's output), the median over
-    the tokens. `gradients`: the norm of the loss's gradient with respect to the layer's parameters, as its base has
-    them.
+    Magnitudes per layer.
+
+    Attributes:
+        outputs (`list[float]`):
+            root mean square of what the layer leaves (the residual stream; with AttnRes the running block's sum or the
+            MLP's output), median over the tokens.
+        gradients (`list[float]`): norm of the loss's gradient with respect to the parameters that the base has too.
     """
 
     outputs: list[float]
@@ -44,7 +47,6 @@ class Inspection:
 
     Args:
         name (`str`): the checkpoint's.
-        digest (`str`): of its weights, by which a picture is known to show them.
         sublayers (`list[str]`): what each depth attention feeds, in order; the rows of what follows.
         sources (`list[str]`): what it attends over; the columns.
         tokens (`list[str]`): the text.
@@ -52,33 +54,41 @@ class Inspection:
         weights (`torch.Tensor` of shape `(sublayers, tokens, sources)`): NaN at sources that a sublayer does not have.
         query_norms (`torch.Tensor` of shape `(sublayers,)`): how far each query is from zero, where it started.
         loss_changes (`torch.Tensor` of shape `(sublayers, sources)`, *optional*):
-            what the loss gains when one source is taken out of one sublayer and the other weights are renormalised.
+            by how much the loss grows without one source in one sublayer, with the other weights renormalized.
         dilution, base_dilution ([`Dilution`], *optional*): the checkpoint's and its base's.
     """
 
     name: str
-    digest: str
     sublayers: list[str]
     sources: list[str]
     tokens: list[str]
     loss: float
-    weights: "torch.Tensor"
-    query_norms: "torch.Tensor"
-    loss_changes: "torch.Tensor | None" = None
+    weights: torch.Tensor
+    query_norms: torch.Tensor
+    loss_changes: torch.Tensor | None = None
     dilution: Dilution | None = None
     base_dilution: Dilution | None = None
 
     @property
-    def mean_weights(self) -> "torch.Tensor":
+    def counts(self) -> torch.Tensor:
+        """`(sublayers,)`: how many sources each sublayer has."""
+        return (~self.weights[:, 0].isnan()).sum(-1)
+
+    @property
+    def mean_weights(self) -> torch.Tensor:
         """`(sublayers, sources)`: the mean over the tokens."""
         return self.weights.mean(1)
 
     @property
-    def entropies(self) -> "torch.Tensor":
+    def mean_factors(self) -> torch.Tensor:
+        """`(sublayers, sources)`: mean weight times number of sources. 1: as in the base, above: more."""
+        return self.mean_weights * self.counts.unsqueeze(-1)
+
+    @property
+    def entropies(self) -> torch.Tensor:
         """`(sublayers, tokens)`: the weights' entropy over that of equal weights. 1: equal; 0: all on one source."""
         weights = self.weights.nan_to_num(0)
-        counts = (~self.weights[:, 0].isnan()).sum(-1)
-        return weights.xlogy(weights).sum(-1) / -counts.log().unsqueeze(-1)
+        return weights.xlogy(weights).sum(-1) / -self.counts.log().unsqueeze(-1)
 
 
 def inspect_checkpoint(
@@ -90,16 +100,16 @@ def inspect_checkpoint(
     revision: str | None = None,
 ) -> Inspection:
     r"""
-    Runs a text through an AttnRes checkpoint, in float32, and looks at its depth attentions.
+    Runs a text through an AttnRes checkpoint, in float32, and records its depth attention.
 
     Args:
         checkpoint (`str` or `Path`): folder or Hub id of an AttnRes causal language model.
-        text (`str`, *optional*): what to run; a paragraph of English if nothing is given.
+        text (`str`, *optional*, defaults to a paragraph of English): the text.
         base (`str` or `Path`, *optional*): folder or Hub id of its base, to compare dilution with.
         ablate (`bool`, *optional*, defaults to `False`):
-            take each source out of each sublayer, one at a time, and measure the loss: a forward pass for each. The
+            leave each source out of each sublayer, one at a time, and measure the loss: a forward pass for each. The
             largest weight is not the largest cause ([arXiv 2606.13168](https://arxiv.org/abs/2606.13168)).
-        max_tokens (`int`, *optional*, defaults to 512): where the text is cut off.
+        max_tokens (`int`, *optional*, defaults to 512): the length at which the text is cut.
         revision (`str`, *optional*): branch, tag or commit of a checkpoint on the Hub.
 
     Returns:
@@ -110,14 +120,8 @@ def inspect_checkpoint(
         `ValueError`: not an AttnRes causal language model, no tokenizer, a text of less than two tokens, a base of
             another shape, or a model that has diverged.
     """
-    import torch
-
-    # This registers the model type, too
-    from modeling_attnres.inspected import weights_digest
-
     files = _read(checkpoint, revision)
-    if files.config["model_type"] != "attnres":
-        raise ValueError(f"{files.folder} is not AttnRes: its `model_type` is {files.config['model_type']!r}.")
+    require_attnres(files)
     base_files = None if base is None else _read(base)
     if base_files is not None and base_files.config["model_type"] != files.config["base_model_type"]:
         raise ValueError(
@@ -126,29 +130,30 @@ def inspect_checkpoint(
         )
     input_ids, tokens = _tokenize(files, text, max_tokens)
     model = _load(files)
-    queries = [module.query for name, module in model.named_modules() if name.endswith("_res")]
-    sublayers, sources = model.config.depth_attention_names, model.config.depth_source_names
     with torch.no_grad():
-        output = model(input_ids, labels=input_ids, output_depth_attentions=True)
-        if not all(tensor.isfinite().all() for tensor in (output.loss, *output.depth_attentions)):
+        with recorded_weights(model) as recorded:
+            loss = model(input_ids, labels=input_ids).loss
+        recorded = {name: weights[0] for name, weights in recorded.items()}
+        if not all(tensor.isfinite().all() for tensor in (loss, *recorded.values())):
             raise ValueError(f"{files.folder} computes a loss or weights that are not finite: it has diverged.")
+        sublayers, sources = list(recorded), depth_sources(model)
         weights = torch.full((len(sublayers), len(tokens), len(sources)), torch.nan)
-        for row, recorded in zip(weights, output.depth_attentions):
-            row[:, : recorded.shape[-1]] = recorded[0]
+        for row, recorded_row in zip(weights, recorded.values()):
+            row[:, : recorded_row.shape[-1]] = recorded_row[0]
         inspection = Inspection(
             name=labels([checkpoint])[0],
-            digest=weights_digest(model.config, [files.folder / shard for shard in files.weights.files_metadata]),
             sublayers=sublayers,
             sources=sources,
             tokens=tokens,
-            loss=output.loss.item(),
+            loss=loss.item(),
             weights=weights,
-            query_norms=torch.stack([query.norm() for query in queries]),
-            loss_changes=_loss_changes(model, input_ids, output.loss) if ablate else None,
+            query_norms=torch.stack([module.query.norm() for module in depth_attentions(model).values()]),
         )
+        if ablate:
+            inspection.loss_changes = _loss_changes(model, input_ids, inspection)
     if base_files is not None:
         inspection.dilution = _dilution(model, input_ids)
-        del model, queries
+        del model
         base_model = _load(base_files)
         if base_model.config.num_hidden_layers != len(inspection.dilution.outputs):
             raise ValueError(
@@ -182,16 +187,15 @@ def require_one_shape(inspections: list[Inspection]) -> None:
 
 
 def _read(source: str | Path, revision: str | None = None) -> Checkpoint:
-    checkpoint = read_checkpoint(download(str(source), revision))
-    architecture = (checkpoint.config.get("architectures") or ["ForCausalLM"])[0]
-    if not architecture.endswith("ForCausalLM"):
-        raise ValueError(f"{checkpoint.folder} is a {architecture}, but only a causal language model can be inspected.")
+    checkpoint = read_checkpoint(find_checkpoint(source, revision))
+    if not checkpoint.architecture.endswith("ForCausalLM"):
+        raise ValueError(
+            f"{checkpoint.folder} is a {checkpoint.architecture}, but only a causal language model can be inspected."
+        )
     return checkpoint
 
 
-def _tokenize(checkpoint: Checkpoint, text: str, max_tokens: int) -> tuple["torch.Tensor", list[str]]:
-    from transformers import AutoTokenizer
-
+def _tokenize(checkpoint: Checkpoint, text: str, max_tokens: int) -> tuple[torch.Tensor, list[str]]:
     if not any(checkpoint.folder.glob("token*")):
         raise ValueError(f"{checkpoint.folder} has no tokenizer: save one into it (`tokenizer.save_pretrained`).")
     tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=False)
@@ -202,48 +206,47 @@ def _tokenize(checkpoint: Checkpoint, text: str, max_tokens: int) -> tuple["torc
     return input_ids, [tokenizer.decode([token]) for token in input_ids[0]]
 
 
-def _load(checkpoint: Checkpoint) -> "PreTrainedModel":
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=torch.float32).eval()
+def _load(checkpoint: Checkpoint) -> PreTrainedModel:
+    # Never a pickle, even if one is in the folder
+    return AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=torch.float32, use_safetensors=True).eval()
 
 
-def _loss_changes(model: "PreTrainedModel", input_ids: "torch.Tensor", loss: "torch.Tensor") -> "torch.Tensor":
-    import torch
-
-    counts = model.config.depth_attention_sources
-    every = torch.ones(len(counts), len(model.config.depth_source_names), dtype=torch.bool)
-    changes = torch.full(every.shape, torch.nan)
-    pairs = [(sublayer, source) for sublayer, count in enumerate(counts) for source in range(count)]
-    for sublayer, source in tqdm(pairs, desc="Ablating", delay=1):
-        mask = every.clone()
-        mask[sublayer, source] = False
-        changes[sublayer, source] = model(input_ids, labels=input_ids, depth_attention_mask=mask).loss - loss
+def _loss_changes(model: PreTrainedModel, input_ids: torch.Tensor, inspection: Inspection) -> torch.Tensor:
+    changes = torch.full((len(inspection.sublayers), len(inspection.sources)), torch.nan)
+    pairs = [(row, source) for row, count in enumerate(inspection.counts.tolist()) for source in range(count)]
+    for row, source in tqdm(pairs, desc="Ablating", delay=1):
+        mask = torch.ones(changes.shape, dtype=torch.bool)
+        mask[row, source] = False
+        with masked_sources(model, mask):
+            changes[row, source] = model(input_ids, labels=input_ids).loss - inspection.loss
     return changes
 
 
-def _dilution(model: "PreTrainedModel", input_ids: "torch.Tensor") -> Dilution:
+def _dilution(model: PreTrainedModel, input_ids: torch.Tensor) -> Dilution:
     layers, outputs = model.model.layers, []
     is_attnres = model.config.model_type == "attnres"
 
-    def keep(layer, args, output):
-        # What is running stands last; a base's layer gives its hidden states alone or first
-        hidden_states = output if not isinstance(output, tuple) else output[-1 if is_attnres else 0]
+    def keep(hidden_states):
         outputs.append(hidden_states.detach().square().mean(-1).sqrt().median().item())
 
-    hooks = [layer.register_forward_hook(keep) for layer in layers]
+    own = {id(p) for module in depth_attentions(model).values() for p in module.parameters()} if is_attnres else set()
+    hooks = []
+    for layer in layers:
+        if not is_attnres:
+            hook = lambda layer, args, output: keep(output[0] if isinstance(output, tuple) else output)  # noqa: E731
+            hooks.append(layer.register_forward_hook(hook))
+        elif layer.output_res is None:
+            # The running block is the last source
+            hooks.append(layer.register_forward_hook(lambda layer, args, output: keep(output[-1])))
+        else:
+            hooks.append(layer.output_res.register_forward_pre_hook(lambda module, sources: keep(sources[-1])))
     model(input_ids, labels=input_ids).loss.backward()
     for hook in hooks:
         hook.remove()
     gradients = []
     for layer in layers:
-        squares = [
-            parameter.grad.square().sum()
-            for name, parameter in layer.named_parameters()
-            if parameter.grad is not None and not name.startswith(("self_attention_res.", "mlp_res."))
-        ]
-        gradients.append(sum(squares).sqrt().item())
+        kept = [p.grad for p in layer.parameters() if p.grad is not None and id(p) not in own]
+        gradients.append(sum(gradient.square().sum() for gradient in kept).sqrt().item())
     model.zero_grad()
     return Dilution(outputs, gradients)
 
@@ -258,7 +261,8 @@ def tables(inspections: list[Inspection]) -> str:
         ]
         parts.append(_table(["checkpoint", "loss", "entropy", "|query|"], rows))
     parts.append(
-        f"{last.name}: {len(last.tokens)} tokens, loss {last.loss:.3f}. Mean weights; entropy 1: equal weights."
+        f"{last.name}: {len(last.tokens)} tokens, loss {last.loss:.3f}. Numbers: mean weight × sources (1: as in "
+        "the base). Entropy 1: equal weights."
     )
     parts.append(_weights_table(last))
     if last.loss_changes is not None:
@@ -278,18 +282,20 @@ def tables(inspections: list[Inspection]) -> str:
 
 
 def _weights_table(inspection: Inspection, widest: int = 12) -> str:
-    means, entropies = inspection.mean_weights, inspection.entropies
+    factors, entropies = inspection.mean_factors, inspection.entropies
     low, high = entropies.quantile(0.05, dim=1), entropies.quantile(0.95, dim=1)
     rows = []
     for i, sublayer in enumerate(inspection.sublayers):
-        count = int((~means[i].isnan()).sum())
+        count = int(inspection.counts[i])
         if len(inspection.sources) <= widest:
-            weights = [f"{weight:.3f}" for weight in means[i, :count]]
+            weights = [f"{factor:.3f}" for factor in factors[i, :count]]
         else:
-            weights = [f"{inspection.sources[j]} {means[i, j]:.3f}" for j in means[i, :count].topk(min(3, count))[1]]
+            # The ones that differ most from the base
+            largest = (factors[i, :count] - 1).abs().topk(min(3, count))[1]
+            weights = [f"{inspection.sources[j]} {factors[i, j]:.3f}" for j in largest]
         spread = f"{entropies[i].mean():.3f} ({low[i]:.3f} to {high[i]:.3f})"
         rows.append([sublayer, f"{inspection.query_norms[i]:.4f}", spread, *weights])
-    sources = inspection.sources if len(inspection.sources) <= widest else ["largest", "second", "third"]
+    sources = inspection.sources if len(inspection.sources) <= widest else ["farthest from 1", "second", "third"]
     return _table(["sublayer", "|query|", "entropy (5 to 95 %)", *sources], rows)
 
 

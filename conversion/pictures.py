@@ -2,6 +2,7 @@
 """Inspections as pictures."""
 
 from importlib.util import find_spec
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,10 +13,11 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 STYLE = {"font.size": 8, "axes.titlesize": 9, "figure.constrained_layout.use": True, "hatch.linewidth": 0.5}
-# Told apart by the colour-blind, and by their lines in print
+# Clear to color-blind readers, and in print by the line style
 LINES = [("#0072B2", "-", "o"), ("#D55E00", "--", "s"), ("#009E73", "-.", "^"), ("#CC79A7", ":", "D")]
-# From dark to light in one order, also in grey; and the two-sided one, white at zero
-WEIGHTS, CHANGES = "cividis", "PuOr_r"
+# Two-sided and light in the middle
+COLORS = "PuOr_r"
+FACTOR = "mean weight × sources (1: as in the base)"
 
 
 def require_matplotlib() -> None:
@@ -47,12 +49,10 @@ def write_pictures(inspections: list[Inspection], folder: str | Path) -> list[Pa
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    from modeling_attnres.inspected import HEAT_MAP, MARKER
-
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     last = inspections[-1]
-    drawings = {HEAT_MAP: draw_weights, "entropy.png": draw_entropies, "queries.png": draw_query_norms}
+    drawings = {"weights.png": draw_weights, "entropy.png": draw_entropies, "queries.png": draw_query_norms}
     if last.loss_changes is not None:
         drawings["ablation.png"] = draw_ablation
     if last.dilution is not None:
@@ -65,63 +65,61 @@ def write_pictures(inspections: list[Inspection], folder: str | Path) -> list[Pa
             draw(figure, inspections)
             files.append(folder / name)
             title = f"{name}: {', '.join(i.name for i in inspections)}"
-            figure.savefig(files[-1], dpi=110, metadata={"Title": title, MARKER: last.digest})
+            figure.savefig(files[-1], dpi=110, metadata={"Title": title})
     return files
 
 
 def draw_weights(figure, inspections: list[Inspection]) -> None:
-    """The mean weight, sublayer by source, one panel for each checkpoint, all on one scale."""
+    """Mean weight times number of sources, sublayer by source, one panel for each checkpoint, all on one scale."""
     panels = _heat_map_panels(figure, inspections[-1], len(inspections))
-    greatest = max(i.mean_weights.nan_to_num(0).max().item() for i in inspections)
+    norm = _factor_norm(inspections)
     for axes, inspection in zip(panels, inspections):
-        image = _heat_map(axes, inspection, inspection.mean_weights, cmap=WEIGHTS, vmin=0, vmax=greatest)
+        image = _heat_map(axes, inspection, inspection.mean_factors, norm)
         axes.set_title(inspection.name)
-    figure.colorbar(image, ax=list(panels), label="mean weight", shrink=0.6)
+    figure.colorbar(image, ax=list(panels), label=FACTOR, shrink=0.6)
 
 
 def draw_ablation(figure, inspections: list[Inspection]) -> None:
-    """The mean weight, and beside it what the loss gains without the source."""
+    """The same, and beside it the change in loss without the source."""
     from matplotlib.colors import SymLogNorm
 
     last = inspections[-1]
     left, right = _heat_map_panels(figure, last, 2)
-    image = _heat_map(left, last, last.mean_weights, cmap=WEIGHTS, vmin=0)
-    left.set_title("mean weight")
+    image = _heat_map(left, last, last.mean_factors, _factor_norm([last]))
+    left.set_title(FACTOR)
     figure.colorbar(image, ax=left, shrink=0.6)
     greatest = max(last.loss_changes.nan_to_num(0).abs().max().item(), 2e-3)
-    # Few sources cost much, most cost little: both have to show
-    norm = SymLogNorm(linthresh=1e-3, vmin=-greatest, vmax=greatest)
-    image = _heat_map(right, last, last.loss_changes, cmap=CHANGES, norm=norm)
+    # Few sources matter much and most matter little: both have to show
+    image = _heat_map(right, last, last.loss_changes, SymLogNorm(linthresh=1e-3, vmin=-greatest, vmax=greatest))
     right.set_title("change in loss without the source")
     figure.colorbar(image, ax=right, shrink=0.6)
     figure.suptitle(f"{last.name}: weight and cause")
 
 
+def _factor_norm(inspections: list[Inspection]):
+    """Centered on 1, with a range that fits the data."""
+    from matplotlib.colors import CenteredNorm
+
+    farthest = max((i.mean_factors.nan_to_num(1) - 1).abs().max().item() for i in inspections)
+    return CenteredNorm(vcenter=1, halfrange=max(farthest, 1e-3))
+
+
 def draw_entropies(figure, inspections: list[Inspection]) -> None:
-    """Mean entropy for each sublayer, with the range in which nine of ten tokens lie."""
-    axes = _sublayer_axes(figure, inspections[-1])
-    for inspection, (colour, line, marker) in zip(inspections, _lines(inspections)):
-        entropies, x = inspection.entropies, range(len(inspection.sublayers))
-        axes.plot(x, entropies.mean(1), line, color=colour, marker=marker, markersize=3, label=inspection.name)
-        low, high = entropies.quantile(0.05, dim=1), entropies.quantile(0.95, dim=1)
-        axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
+    """Mean entropy of each sublayer, with the range of nine tokens in ten."""
+    axes = _draw_lines(figure, inspections, [inspection.entropies.mean(1) for inspection in inspections])
+    for line, inspection in zip(axes.get_lines(), inspections):
+        low, high = inspection.entropies.quantile(0.05, dim=1), inspection.entropies.quantile(0.95, dim=1)
+        axes.fill_between(range(len(low)), low, high, color=line.get_color(), alpha=0.15, linewidth=0)
     axes.set_ylabel("entropy / that of equal weights")
-    axes.set_title("How evenly the sublayers look (line: mean, band: 5 to 95 % of the tokens)")
-    axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    axes.set_title("How even the weights are (line: mean, band: 5 to 95 % of the tokens)")
 
 
 def draw_query_norms(figure, inspections: list[Inspection]) -> None:
-    """How far each query has come from zero."""
-    axes = _sublayer_axes(figure, inspections[-1])
-    for inspection, (colour, line, marker) in zip(inspections, _lines(inspections)):
-        x = range(len(inspection.sublayers))
-        axes.plot(
-            x, inspection.query_norms.numpy(), line, color=colour, marker=marker, markersize=3, label=inspection.name
-        )
+    """How far each query is from zero."""
+    axes = _draw_lines(figure, inspections, [inspection.query_norms for inspection in inspections])
     axes.set_ylim(bottom=0)
     axes.set_ylabel("norm of the query")
-    axes.set_title("How far the queries have come from zero")
-    axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    axes.set_title("How far the queries are from zero")
 
 
 def draw_dilution(figure, inspections: list[Inspection]) -> None:
@@ -131,11 +129,11 @@ def draw_dilution(figure, inspections: list[Inspection]) -> None:
     for axes, field, title in zip(
         figure.subplots(1, 2), ("outputs", "gradients"), ("output magnitude (root mean square)", "norm of the gradient")
     ):
-        for name, dilution, (colour, line, marker) in zip(
+        for name, dilution, (color, line, marker) in zip(
             ("base", last.name), (last.base_dilution, last.dilution), LINES
         ):
             values = getattr(dilution, field)
-            axes.plot(range(len(values)), values, line, color=colour, marker=marker, markersize=3, label=name)
+            axes.plot(range(len(values)), values, line, color=color, marker=marker, markersize=3, label=name)
         axes.set_yscale("log")
         axes.set_xlabel("layer")
         axes.xaxis.get_major_locator().set_params(integer=True)
@@ -144,20 +142,15 @@ def draw_dilution(figure, inspections: list[Inspection]) -> None:
         axes.legend()
 
 
-def _lines(inspections: list[Inspection]) -> list[tuple[str, str, str]]:
-    """Four that are told apart, then the same again."""
-    return [LINES[i % len(LINES)] for i in range(len(inspections))]
-
-
 def _heat_map_panels(figure, inspection: Inspection, count: int) -> list["Axes"]:
     width = 1.6 + count * (0.9 + 0.22 * max(len(inspection.sources), 6))
     figure.set_size_inches(width, 1.4 + 0.13 * max(len(inspection.sublayers), 16))
     return list(figure.subplots(1, count, sharey=True, squeeze=False)[0])
 
 
-def _heat_map(axes: "Axes", inspection: Inspection, values, **options):
-    image = axes.imshow(values.numpy(), aspect="auto", interpolation="nearest", **options)
-    # Hatched where there is nothing: a sublayer that does not have the source is no sublayer that gives it no weight
+def _heat_map(axes: "Axes", inspection: Inspection, values, norm):
+    image = axes.imshow(values.numpy(), aspect="auto", interpolation="nearest", cmap=COLORS, norm=norm)
+    # Hatched where a sublayer does not have the source, which is not the same as a weight of zero
     axes.patch.set(facecolor="white", edgecolor="0.6", hatch="/////", linewidth=0)
     axes.set_xticks(range(len(inspection.sources)), inspection.sources, rotation=90, fontsize=7)
     axes.set_yticks(range(len(inspection.sublayers)), inspection.sublayers, fontsize=6)
@@ -165,9 +158,14 @@ def _heat_map(axes: "Axes", inspection: Inspection, values, **options):
     return image
 
 
-def _sublayer_axes(figure, inspection: Inspection) -> "Axes":
-    figure.set_size_inches(max(7, 2 + 0.14 * len(inspection.sublayers)), 3.6)
+def _draw_lines(figure, inspections: list[Inspection], values: list) -> "Axes":
+    """One line for each inspection, over the sublayers."""
+    sublayers = inspections[0].sublayers
+    figure.set_size_inches(max(7, 2 + 0.14 * len(sublayers)), 3.6)
     axes = figure.subplots()
-    axes.set_xticks(range(len(inspection.sublayers)), inspection.sublayers, rotation=90, fontsize=6)
+    for inspection, numbers, (color, line, marker) in zip(inspections, values, cycle(LINES)):
+        axes.plot(numbers.tolist(), line, color=color, marker=marker, markersize=3, label=inspection.name)
+    axes.set_xticks(range(len(sublayers)), sublayers, rotation=90, fontsize=6)
     axes.grid(alpha=0.3)
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return axes

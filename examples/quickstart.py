@@ -15,7 +15,7 @@ from generate import generate
 from smollm2 import smollm2
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from attnres_conversion import retrofit, verify
+from modeling_attnres.conversion import retrofit, verify
 
 
 PROMPT = "What is the capital of France, and what is it known for?"

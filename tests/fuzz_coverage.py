@@ -20,8 +20,8 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "critical")
 import atheris
 
 
-with atheris.instrument_imports(include=["attnres_conversion", "huggingface_hub.hf_api", "modeling_attnres"]):
-    from attnres_conversion.checkpoint import (
+with atheris.instrument_imports(include=["modeling_attnres"]):
+    from modeling_attnres.conversion.reading import (
         CONFIG,
         INDEX,
         SINGLE_SHARD,
@@ -29,7 +29,7 @@ with atheris.instrument_imports(include=["attnres_conversion", "huggingface_hub.
         TOKENIZER_CONFIG,
         read_checkpoint,
     )
-    from attnres_conversion.retrofit import attn_res_tensors, read_config
+    from modeling_attnres.conversion.retrofit import new_tensors, read_config
 
 import numpy as np
 from safetensors.numpy import save
@@ -73,8 +73,7 @@ def test_one(data: bytes):
     try:
         checkpoint = read_checkpoint(folder)
         if name == CONFIG:
-            config = read_config(checkpoint, base_model_type=checkpoint.config["model_type"])
-            attn_res_tensors(checkpoint, config, "AttnResForCausalLM")
+            new_tensors(read_config(checkpoint), "AttnResForCausalLM")
         outcomes[f"{name}: read"] += 1
     except (ValueError, OSError) as error:
         assert str(error)

@@ -1,5 +1,5 @@
 """
-The runs that are too long for every day: each by its name, or all of them. The README's figures come from here.
+The runs that are too long for every day: each by its name, or all of them. The figures in README.md here come from it.
 
 python tests/soak.py all
 python tests/soak.py rounds --count 1000
@@ -36,9 +36,9 @@ from text import default_files
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from attnres_conversion import retrofit, revert, verify
-from attnres_conversion.verify import TOLERANCE
 from modeling_attnres import AttnResConfig, AttnResForCausalLM
+from modeling_attnres.conversion import retrofit, revert, verify
+from modeling_attnres.conversion.verify import TOLERANCE
 
 
 def memory():

@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from attnres_conversion import retrofit, revert, verify
-from attnres_conversion.verify import TEXT
 from modeling_attnres import AttnResForCausalLM, AttnResModel
+from modeling_attnres.conversion import retrofit, revert, verify
+from modeling_attnres.conversion.verify import TEXT
 
 
 CARD = "---\nlicense: apache-2.0\nlanguage: en\n---\n# A base\n"
@@ -78,7 +78,7 @@ def test_base_tensors_are_unchanged_and_everything_else_comes_along(base_folder,
     shards = {shard for shard in output.glob("*.safetensors") if added & load_file(shard).keys()}
     assert shards == {new_shard(output)}, "one shard of their own"
     for name, tensor in load_file(new_shard(output)).items():
-        assert tensor.dtype == torch.bfloat16
+        assert tensor.dtype == torch.float32
         assert (tensor == (1 if name.endswith("key_norm") else 0)).all()
     linked = [shard.stat().st_nlink for shard in output.glob("*.safetensors") if shard not in shards]
     assert set(linked) == ({2} if link else {1})
@@ -112,7 +112,7 @@ def test_base_tensors_are_unchanged_and_everything_else_comes_along(base_folder,
 @pytest.mark.parametrize("attn_res_type", ["block", "full"])
 def test_from_a_base_to_a_trained_model(base_folder, attn_res_type, tmp_path):
     """The main job: retrofit, load through the Auto classes, generate, train, save, load."""
-    output = retrofit(base_folder, tmp_path / "attnres", attn_res_type)
+    output = retrofit(base_folder, tmp_path / "attnres", attn_res_type=attn_res_type)
     base = AutoModelForCausalLM.from_pretrained(base_folder)
     model, info = AutoModelForCausalLM.from_pretrained(output, output_loading_info=True)
     assert type(model) is AttnResForCausalLM and model.dtype == torch.bfloat16
@@ -211,11 +211,8 @@ def test_verify_passes_a_retrofit_and_fails_another_model(tmp_path):
     assert not mean.passed, "the paper's form is no exact retrofit"
     trained = randomise_depth_attention(AutoModelForCausalLM.from_pretrained(output), scale=0.01)
     trained.save_pretrained(tmp_path / "trained")
-    assert not verify(base, tmp_path / "trained").passed
-    with torch.no_grad():
-        trained.model.layers[0].mlp_res.query.fill_(float("nan"))
-    trained.save_pretrained(tmp_path / "nan")
-    assert not verify(base, tmp_path / "nan").passed
+    result = verify(base, tmp_path / "trained")
+    assert not result.passed and result.trained_queries == 10
 
 
 def test_verify_finds_a_nan_anywhere(tmp_path):
@@ -233,13 +230,10 @@ def test_verify_finds_a_nan_anywhere(tmp_path):
         embedding[token] = row
     save_file(tensors, shard, metadata={"format": "pt"})
     assert verify(base, output).passed
-
-
-def test_verify_of_a_model_that_puts_out_zeros_shows_nothing(tmp_path):
-    base = save_base(tmp_path / "base")
-    tensors = {name: torch.zeros_like(tensor) for name, tensor in load_file(base / "model.safetensors").items()}
-    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
-    assert not verify(base, retrofit(base, tmp_path / "attnres")).passed
+    zeros = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
+    for folder, name in ((base, "model.safetensors"), (output, shard.name)):
+        save_file(zeros, folder / name, metadata={"format": "pt"})
+    assert not verify(base, output).passed, "logits of zero show nothing"
 
 
 def byte_pairs(kind):
@@ -302,19 +296,6 @@ def test_a_tokenizer_that_cannot_be_loaded_is_left_as_it_is(tmp_path):
         assert verify(base, output).passed
 
 
-def test_the_code_of_a_tokenizer_is_not_run(tmp_path):
-    base = save_base(tmp_path / "base")
-    ran = tmp_path / "ran"
-    (base / "tokenization.py").write_text(f"open({str(ran)!r}, 'w')\nclass Own: ...\n")
-    auto_map = {"AutoTokenizer": ["tokenization.Own", None]}
-    (base / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "Own", "auto_map": auto_map}))
-    with pytest.warns(UserWarning, match="tokenizer of .*base brings code of its own"):
-        output = retrofit(base, tmp_path / "attnres")
-    with pytest.warns(UserWarning, match="tokenizer of .*base cannot be loaded and was not compared"):
-        assert verify(base, output).passed
-    assert not ran.exists()
-
-
 def test_what_a_training_run_leaves_stays_behind(base_folder, tmp_path):
     for file in ("checkpoint-5/config.json", "checkpoint-5/trainer_state.json", "runs/Nov24/events"):
         (base_folder / file).parent.mkdir(parents=True, exist_ok=True)
@@ -323,13 +304,46 @@ def test_what_a_training_run_leaves_stays_behind(base_folder, tmp_path):
     assert not (output / "checkpoint-5").exists() and not (output / "runs").exists()
 
 
-def test_who_may_read_the_base_may_read_all_of_the_retrofit(base_folder, tmp_path):
-    for file in base_folder.rglob("*.*"):
-        file.chmod(0o644)
-    output = retrofit(base_folder, tmp_path / "attnres")
-    umask = os.umask(0)
+def test_a_private_base_stays_private(base_folder, tmp_path):
+    """And all files of another one can be read by others."""
+    umask = os.umask(0o022)
+    for mode in (0o600, 0o644):
+        for file in base_folder.rglob("*.*"):
+            file.chmod(mode | 0o100 if file.is_dir() else mode)
+        output = retrofit(base_folder, tmp_path / oct(mode))
+        assert {stat.S_IMODE(shard.stat().st_mode) for shard in output.glob("*.safetensors")} <= {mode, 0o644}
+        assert {stat.S_IMODE((output / file).stat().st_mode) for file in ("tokenizer.json", "LICENSE")} <= {mode, 0o644}
+        assert stat.S_IMODE(min(output.glob("*.safetensors")).stat().st_mode) == mode
     os.umask(umask)
-    assert {stat.S_IMODE(file.stat().st_mode) for file in output.iterdir() if file.is_file()} == {0o666 & ~umask}
+
+
+@pytest.mark.parametrize("layout", ["one shard with an index", "an index beside a single file"])
+def test_odd_layouts(layout, tmp_path):
+    base = save_base(tmp_path / "base", sharded=layout != "one shard with an index")
+    (base / "pytorch_model.bin").unlink()
+    if layout == "one shard with an index":
+        name = "model-00001-of-00001.safetensors"
+        (base / "model.safetensors").rename(base / name)
+        index = {"metadata": {}, "weight_map": dict.fromkeys(load_file(base / name), name)}
+        (base / "model.safetensors.index.json").write_text(json.dumps(index))
+    else:
+        # transformers leaves the index there when it saves one file over shards
+        AutoModelForCausalLM.from_pretrained(base).save_pretrained(base)
+        assert (base / "model.safetensors.index.json").exists() and (base / "model.safetensors").exists()
+    output = retrofit(base, tmp_path / "attnres")
+    assert verify(base, output).passed
+    assert file_bytes(revert(output, tmp_path / "reverted")) == file_bytes(base)
+
+
+def test_a_tokenizer_model_needs_sentencepiece(base_folder, tmp_path, monkeypatch):
+    """Whatever else is installed: the output must not depend on it."""
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
+    for file in base_folder.glob("token*"):
+        file.unlink()
+    (base_folder / "tokenizer.model").write_bytes(b"")
+    with pytest.raises(ImportError, match="tokenizer.model alone, which needs the package sentencepiece"):
+        retrofit(base_folder, tmp_path / "attnres")
+    assert not (tmp_path / "attnres").exists()
 
 
 @pytest.mark.parametrize("sharded", [False, True], ids=["single", "sharded"])
@@ -347,49 +361,12 @@ def test_a_model_with_a_head_may_lack_the_prefix_of_its_decoder_s_names(sharded,
     assert file_bytes(tmp_path / "reverted") == file_bytes(tmp_path / "base")
 
 
-def test_a_tokenizer_whose_package_is_not_there_is_an_error(base_folder, tmp_path, monkeypatch):
-    """What is written would depend on it."""
-    for package in ("sentencepiece", "tiktoken"):
-        monkeypatch.setitem(sys.modules, package, None)
-    for file in base_folder.glob("token*"):
-        file.unlink()
-    (base_folder / "tokenizer.model").write_bytes(b"")
-    with pytest.raises(ImportError, match="tokenizer of .* needs a package"):
-        retrofit(base_folder, tmp_path / "attnres")
-    assert not (tmp_path / "attnres").exists()
-
-
-def test_a_single_shard_with_an_index(tmp_path):
-    base = tmp_path / "base"
-    tiny_base("llama").save_pretrained(base)
-    name = "model-00001-of-00001.safetensors"
-    (base / "model.safetensors").rename(base / name)
-    index = {"metadata": {}, "weight_map": dict.fromkeys(load_file(base / name), name)}
-    (base / "model.safetensors.index.json").write_text(json.dumps(index))
-    reverted = revert(retrofit(base, tmp_path / "attnres"), tmp_path / "reverted")
-    assert {file.name: file.read_bytes() for file in reverted.iterdir()} == {
-        file.name: file.read_bytes() for file in base.iterdir()
-    }
-
-
-def test_an_index_left_beside_a_single_file(tmp_path):
-    """transformers leaves it there when it saves one file over shards."""
-    base = save_base(tmp_path / "base", sharded=True)
-    (base / "pytorch_model.bin").unlink()
-    AutoModelForCausalLM.from_pretrained(base).save_pretrained(base)
-    assert (base / "model.safetensors.index.json").exists() and (base / "model.safetensors").exists()
-    output = retrofit(base, tmp_path / "attnres")
-    assert verify(base, output).passed
-    revert(output, tmp_path / "reverted")
-    assert file_bytes(tmp_path / "reverted") == file_bytes(base)
-
-
 def test_a_base_with_model_code_of_its_own(tmp_path):
     """It is neither run nor taken over; a null in its place, at which transformers stumbles, does not matter."""
     base = save_base(tmp_path / "base")
     spoil_config(base, auto_map={"AutoModelForCausalLM": "modeling_own.Own", "AutoTokenizer": ["own.Own", None]})
     (base / "modeling_own.py").write_text("raise SystemExit('was run')")
-    with pytest.warns(UserWarning, match="model code of its own.*llama of transformers"):
+    with pytest.warns(UserWarning, match="model code of its own.*llama computes in transformers"):
         output = retrofit(base, tmp_path / "attnres")
     auto_map = json.loads((output / "config.json").read_text())["auto_map"]
     assert auto_map["AutoModelForCausalLM"] == "modeling_attnres.AttnResForCausalLM"
@@ -412,7 +389,7 @@ def test_verify_compares_the_structure(tmp_path):
     (output / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(ValueError, match="output_res.query is missing; model.stray is not expected"):
         verify(base, output)
-    with pytest.raises(ValueError, match="is not AttnRes"):
+    with pytest.raises(ValueError, match="is not an AttnRes checkpoint"):
         verify(base, base)
     with pytest.raises(ValueError, match="type 'llama'.*type 'qwen3'"):
         verify(save_base(tmp_path / "qwen3", "qwen3"), output)
@@ -457,7 +434,6 @@ def test_a_quantised_base_keeps_its_tensors_and_its_quantization_config(tmp_path
     hashes = tensor_hashes(output)
     assert {name: hashes[name] for name in tensors} == tensor_hashes(folder)
     assert json.loads((output / "config.json").read_text())["quantization_config"] == config["quantization_config"]
-    assert {t.dtype for t in load_file(new_shard(output)).values()} == {torch.float16}
     revert(output, tmp_path / "reverted")
     assert tensor_hashes(tmp_path / "reverted") == tensor_hashes(folder)
 
@@ -506,11 +482,16 @@ def only_pickles(folder):
         file.unlink()
 
 
+def only_gguf(folder):
+    only_pickles(folder)
+    (folder / "config.json").unlink()
+    (folder / "model.gguf").write_bytes(b"GGUF")
+
+
 def other_weights(folder):
     save_file({f"weight.{i}": torch.ones(2) for i in range(9)}, folder / "model.safetensors")
 
 
-ALL = ["single", "sharded"]
 DAMAGE = {
     "no config": (lambda f: (f / "config.json").unlink(), FileNotFoundError, "has no config.json"),
     "empty config": (empty_config, ValueError, "has no `model_type`"),
@@ -529,8 +510,9 @@ DAMAGE = {
         ValueError,
         "only a causal language model",
     ),
-    "other weights": (other_weights, ValueError, "no tensor 'model.embed_tokens.weight'"),
-    "adapter": (lambda f: (f / "adapter_config.json").write_text("{}"), ValueError, "holds a PEFT adapter"),
+    "other weights": (other_weights, ValueError, "holds no tensor 'lm_head.weight'"),
+    "adapter": (lambda f: (f / "adapter_config.json").write_text("{}"), ValueError, "holds a PEFT adapter beside its"),
+    "only a GGUF": (only_gguf, ValueError, 'holds its weights in a GGUF file.*gguf_file="model.gguf"'),
 }
 
 
@@ -595,23 +577,12 @@ def test_what_is_neither_a_folder_nor_a_hub_id(tmp_path):
     for source in ("./no/such/folder", str(tmp_path / "nothing"), "a/b/c"):
         with pytest.raises(FileNotFoundError, match="neither a local folder nor a Hub id"):
             retrofit(source, tmp_path / "attnres")
+    with pytest.raises(
+        FileNotFoundError, match="^someone/base is no local folder, it is not in the Hub cache, and the"
+    ):
+        retrofit("someone/base", tmp_path / "attnres")
     with pytest.raises(ValueError, match="`revision` is 'main'"):
         retrofit(save_base(tmp_path / "base"), tmp_path / "attnres", revision="main")
-
-
-def test_a_failure_half_way_leaves_nothing(tmp_path, monkeypatch):
-    """As if the disk were full when the new tensors are written, after the base's shards."""
-    folder = save_base(tmp_path / "base", sharded=True)
-
-    def fail(*args, **kwargs):
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr("safetensors.torch.save", fail)
-        with pytest.raises(OSError, match="No space left"):
-            retrofit(folder, tmp_path / "attnres")
-    assert [path.name for path in tmp_path.iterdir()] == ["base"]
-    assert verify(folder, retrofit(folder, tmp_path / "attnres")).passed
 
 
 # ru_maxrss would not do: a child starts with its parent's
@@ -621,7 +592,7 @@ def peak():
     with open("/proc/self/status") as status:
         return int(re.search(r"VmHWM:\\s+(\\d+) kB", status.read())[1]) // 1024
 idle = peak()
-from attnres_conversion import retrofit
+from modeling_attnres.conversion import retrofit
 retrofit(sys.argv[1], sys.argv[2])
 retrofitted = peak()
 block = bytearray(600 * 2**20)
@@ -662,6 +633,15 @@ def test_two_gigabytes_are_converted_in_little_memory(tmp_path):
         assert len(file.keys()) == 2 * 8
     shutil.rmtree(tmp_path / "attnres")
     shutil.rmtree(folder)
+
+
+def test_an_option_out_of_range_blames_the_option(tmp_path):
+    base = save_base(tmp_path / "base")
+    with pytest.raises(ValueError) as error:
+        retrofit(base, tmp_path / "attnres", attn_res_block_size=9)
+    assert "`attn_res_block_size` is 9" in str(error.value) and "config.json" not in str(error.value)
+    with pytest.raises(TypeError, match="`block_size` is no option of a retrofit.*attn_res_block_size"):
+        retrofit(base, tmp_path / "attnres", block_size=2)
 
 
 def test_a_retrofit_depends_on_nothing_but_its_source(tmp_path):

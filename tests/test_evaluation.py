@@ -8,7 +8,7 @@ from conftest import randomise_depth_attention
 from test_examples import run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from attnres_conversion import retrofit
+from modeling_attnres.conversion import retrofit
 
 
 def task_file(folder, name, count=30, **fields):

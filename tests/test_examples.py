@@ -67,7 +67,7 @@ def test_quickstart(smollm2_folder, real_text, tmp_path):
 
 
 def test_a_base_from_scratch_retrofitted_trained_on_and_generating(real_text, tmp_path):
-    from attnres_conversion import retrofit
+    from modeling_attnres.conversion import retrofit
 
     files = texts(tmp_path, real_text)
     small = ("--hidden-size", 64, "--layers", 3, "--vocab-size", 400)

@@ -8,7 +8,7 @@ from conftest import attnres_of, randomise_depth_attention, tiny_base
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaModel
 from transformers.integrations.executorch import TorchExportableModuleWithStaticCache
 
-from attnres_conversion import retrofit
+from modeling_attnres.conversion import retrofit
 
 
 CACHE_NAME = "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters else "past_key_values"

@@ -10,7 +10,7 @@ from reference import reference_hidden_states
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from attnres_conversion import retrofit, verify
+from modeling_attnres.conversion import retrofit, verify
 
 
 SHAPES = {"block 1": {"attn_res_block_size": 1}, "block 2": {"attn_res_block_size": 2}, "full": {"attn_res_type": "full"}}

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from test_conversion import file_bytes, save_base, tensor_hashes
 from test_hostile import INDEX, NORM, header_and_body, write_shard
 
-from attnres_conversion import retrofit, revert
+from modeling_attnres.conversion import retrofit, revert
 
 
 EXAMPLES = 60

@@ -11,8 +11,8 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 
-from attnres_conversion import retrofit, revert, verify
 from modeling_attnres import AttnResConfig
+from modeling_attnres.conversion import retrofit, revert, verify
 
 
 HEADS = {

@@ -14,12 +14,11 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
-from conftest import MIXTURES
 from safetensors.torch import load_file, save_file
 from test_conversion import file_bytes, save_base, spoil_config
 from test_crash_safety import in_child
 
-from attnres_conversion import retrofit, revert, verify
+from modeling_attnres.conversion import retrofit, revert, verify
 
 
 INDEX = "model.safetensors.index.json"
@@ -149,22 +148,9 @@ def empty_tensor(header, shape):
     return json.dumps({**header, "zzz": {"dtype": "F32", "shape": shape, "data_offsets": [end, end]}})
 
 
-def weights(change):
-    def spoil(folder):
-        tensors = load_file(folder / "model.safetensors")
-        change(tensors)
-        save_file(tensors, folder / "model.safetensors")
-
-    return spoil
-
-
-UP = "model.layers.1.mlp.up_proj.weight"
-scale_alone = weights(lambda tensors: tensors.update({f"{UP}_scale_inv": tensors.pop(UP)[:1, :1].clone()}))
-misshapen_bytes = weights(lambda tensors: tensors.update({UP: torch.zeros(3, 5).to(torch.float8_e4m3fn)}))
-FP8 = {"quant_method": "fp8"}
 MISSHAPEN = r"has the shape \[.*\], but config.json makes it"
 NOT_WHOLE = "truncated or not a safetensors file"
-INVALID = "No valid configuration from .*config.json"
+INVALID = "config.json is not a valid configuration"
 HOSTILE = {
     "header: negative offset": (info(data_offsets=[-64, 0]), NOT_WHOLE),
     "header: offset beyond the file": (info(data_offsets=[0, 2**62]), NOT_WHOLE),
@@ -176,7 +162,7 @@ HOSTILE = {
     "header: negative shape": (info(shape=[-32]), NOT_WHOLE),
     "header: unknown dtype": (info(dtype="BF17"), NOT_WHOLE),
     "header: dtype of a wrong type": (info(dtype=5), NOT_WHOLE),
-    "header: one name twice": (raw_header(twice), f"{NORM}' stands there twice"),
+    "header: one name twice": (raw_header(twice), f"{NORM}' is there twice"),
     "header: no object": (raw_header(lambda text, header: "[]"), NOT_WHOLE),
     "header: deep": (raw_header(lambda text, header: "[" * 10**5), NOT_WHOLE),
     "header: longer than the file": (length(2**40), NOT_WHOLE),
@@ -199,33 +185,6 @@ HOSTILE = {
         "`transformers_weights` of .* names a file of weights, 'tokenizer.json'",
     ),
     "config: no positions": (config(max_position_embeddings=0), "`max_position_embeddings` .* is 0"),
-    "config: quantised, by nothing": (config(quantization_config={}), "has None for its `quant_method`"),
-    "config: quantised, by nobody": (
-        config(quantization_config={"quant_method": "x"}),
-        "has 'x' for its `quant_method`",
-    ),
-    "config: another width, said to be quantised": (config(intermediate_size=99, quantization_config=FP8), MISSHAPEN),
-    "config: another vocabulary, said to be quantised": (config(vocab_size=50, quantization_config=FP8), MISSHAPEN),
-    "config: endless width, said to be quantised": (
-        config(hidden_size=2**33, head_dim=8, quantization_config=FP8),
-        f"{MISSHAPEN}|No model can be built",
-    ),
-    "weights: one is missing, said to be quantised": (
-        lambda folder: [without("1.mlp.up_proj.w")(folder), config(quantization_config=FP8)(folder)],
-        "holds no tensor 'model.layers.1.mlp.up_proj.weight'",
-    ),
-    "weights: a bias is missing, said to be quantised": (
-        lambda folder: [without("1.self_attn.q_proj.b")(folder), config(quantization_config=FP8)(folder)],
-        "holds no tensor 'model.layers.1.self_attn.q_proj.bias'",
-    ),
-    "weights: nothing but a scale": (
-        lambda folder: [scale_alone(folder), config(quantization_config=FP8)(folder)],
-        "holds no tensor 'model.layers.1.mlp.up_proj.weight'",
-    ),
-    "weights: bytes of another shape, said to be quantised": (
-        lambda folder: [misshapen_bytes(folder), config(quantization_config=FP8)(folder)],
-        MISSHAPEN,
-    ),
     "header: a shape that no number counts": (
         raw_header(lambda text, header: empty_tensor(header, [0, 2**63])),
         "No model can be built",
@@ -239,7 +198,7 @@ HOSTILE = {
             {**load_file(folder / "model.safetensors"), "model.layers.0.mlp_res.query": torch.zeros(32)},
             folder / "model.safetensors",
         ),
-        "holds a tensor 'model.layers.0.mlp_res.query' already",
+        "already holds a tensor 'model.layers.0.mlp_res.query'",
     ),
     "tokenizer config: a path in a library's options": (
         lambda folder: [
@@ -254,7 +213,7 @@ HOSTILE = {
     ),
     "config: one key twice": (
         text("config.json", lambda content: content.replace("{", '{"model_type": "mistral",', 1)),
-        "config.json is not valid JSON: 'model_type' stands there twice",
+        "config.json is not valid JSON: 'model_type' is there twice",
     ),
     "config: nested deep": (text("config.json", nested(150)), "config.json is nested more than 100 levels"),
     "config: nested deeper": (text("config.json", nested(10**6)), "config.json is not valid JSON"),
@@ -263,12 +222,16 @@ HOSTILE = {
     "config: half a surrogate pair": (config(name="\ud800"), "config.json is not valid JSON.*surrogates"),
     "config: a size that is no number": (config(vocab_size="#"), INVALID),
     "config: endless layers": (config(num_hidden_layers=10**18), "`num_hidden_layers` .* is 10{18}, but there are"),
-    "config: endless labels": (config(num_labels=10**9), "`num_labels` .* is 10{9}, but at most"),
+    "config: endless labels": (config(num_labels=10**9), "`num_labels` .* is 10{9}, but it can be at most"),
     "config: no layers": (config(num_hidden_layers=-1), "num_hidden_layers"),
+    "config: other experts": (
+        lambda folder: [shutil.rmtree(folder), save_base(folder, "mixtral"), config(num_local_experts=8)(folder)],
+        "has the shape|holds no tensor|No model can be built",
+    ),
     "config: endless width": (config(hidden_size=2**40), "shape|No model can be built"),
     "config: endless vocabulary": (config(vocab_size=10**15), "shape|No model can be built"),
-    "config: endless heads": (config(num_attention_heads=2**62), "shape|No model can be built|No valid"),
-    "config: no heads": (config(num_attention_heads=0), "No model can be built|No valid"),
+    "config: endless heads": (config(num_attention_heads=2**62), "shape|No model can be built|not a valid"),
+    "config: no heads": (config(num_attention_heads=0), "No model can be built|not a valid"),
     "config: another width": (config(intermediate_size=99), r"has the shape \[32, 48\], but config.json makes it"),
     "config: width of a wrong type": (config(hidden_size="32"), INVALID),
     "config: width null": (config(hidden_size=None), INVALID),
@@ -340,7 +303,7 @@ HOSTILE_INDEX = {
     "no weight_map": (lambda folder: (folder / INDEX).write_text("{}"), "has no `weight_map`"),
     "one key twice": (
         text(INDEX, lambda content: content.replace("{", '{"weight_map": {},', 1)),
-        "is not valid JSON: 'weight_map' stands there twice",
+        "is not valid JSON: 'weight_map' is there twice",
     ),
     "one tensor in two shards": (second_shard_again, "holds a tensor twice"),
 }
@@ -356,49 +319,6 @@ def test_an_index_that_lies_is_refused(case, sharded, secret, tmp_path):
         retrofit(sharded, tmp_path / "output")
     assert not was_read(secret)
     assert file_bytes(tmp_path) == before
-
-
-EXPERTS = {"num_local_experts", "num_experts", "n_routed_experts"}
-
-
-def packed(name):
-    """What some quantisers call it."""
-    return re.sub(
-        r"(experts\.(gate_up|down)_proj)$", r"\1_blocks", re.sub(r"(_proj|_linear|w\d)\.weight$", r"\1.qweight", name)
-    )
-
-
-@pytest.mark.parametrize("family", MIXTURES)
-def test_experts_that_do_not_fit_are_refused(family, tmp_path):
-    """In some families each expert lies in tensors of its own on the disk, in others not."""
-    base = save_base(tmp_path / "base", family)
-    content = json.loads((base / "config.json").read_text())
-    (number,) = EXPERTS & content.keys()
-    width = "moe_intermediate_size" if "moe_intermediate_size" in content else "intermediate_size"
-    for field in (number, width):
-        for value in (content[field] * 2, 2**40):
-            spoil_config(base, **{**content, field: value})
-            with pytest.raises(ValueError, match="has the shape|holds no tensor|No model can be built"):
-                retrofit(base, tmp_path / "output")
-    assert {path.name for path in tmp_path.iterdir()} == {"base"}
-    # Of a quantised base no shape is known, but that each layer has all of them
-    (base / "config.json").write_text(json.dumps({**content, "quantization_config": FP8}))
-    file = base / "model.safetensors"
-    weights = load_file(file)
-    of_a_layer = [name for name in weights if ".4." in name and ".experts." in name]
-    if family == "granitemoe":
-        # It has one tensor for all experts of a layer, by another name
-        of_a_layer = [name for name in weights if ".4." in name and "_linear." in name]
-    of_all = [name for name in weights if ".experts." in name or "_linear." in name]
-    for lost in (of_a_layer, of_a_layer[-1:], of_all):
-        save_file({name: value for name, value in weights.items() if name not in lost}, file)
-        with pytest.raises(ValueError, match=r"holds no tensor 'model.layers.\d.*experts"):
-            retrofit(base, tmp_path / "output")
-    for number, bare in enumerate((False, True)):
-        # transformers also takes the names of a decoder without a head
-        parts = {packed(name.removeprefix("model.") if bare else name): value for name, value in weights.items()}
-        save_file(parts, file)
-        retrofit(base, tmp_path / str(number))
 
 
 def test_names_of_tensors_are_no_paths(base, tmp_path):
@@ -612,8 +532,8 @@ HOSTILE_ATTNRES = {
         "'DepthAttention', which is no AttnRes model",
     ),
     "architectures: a private name": (config(architectures=["__loader__"]), "which is no AttnRes model"),
-    "an unsupported base": (config(base_model_type="gemma2"), "No valid configuration"),
-    "base_model_type of a wrong type": (config(base_model_type=["llama"]), "No valid configuration"),
+    "an unsupported base": (config(base_model_type="gemma2"), "is not a valid configuration"),
+    "base_model_type of a wrong type": (config(base_model_type=["llama"]), "is not a valid configuration"),
     "endless layers": (config(num_hidden_layers=10**12), "`num_hidden_layers`"),
     "endless blocks": (config(attn_res_block_size=10**12), "`attn_res_block_size`"),
     "the base's index: no weight_map": (base_index("{}"), "has no `weight_map`"),
@@ -659,7 +579,7 @@ def test_a_broken_model_card_loses_its_licence_and_nothing_else(card, base, tmp_
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         output = retrofit(base, tmp_path / "output")
-    assert card == "wide" or any("its licence was not taken over" in str(warning.message) for warning in caught)
+    assert card == "wide" or any("license was not taken over" in str(warning.message) for warning in caught)
     assert (output / "attnres_base" / "README.md").read_bytes() == CARDS[card]
     assert "# base with Attention Residuals" in (output / "README.md").read_text()
 
@@ -669,11 +589,6 @@ def test_what_transformers_cannot_load_is_not_verified(base, tmp_path):
     output = retrofit(base, tmp_path / "output")
     with pytest.raises(ValueError, match="base cannot be loaded"):
         verify(base, output)
-
-
-def test_tuples_are_verified_too(base, tmp_path):
-    spoil_config(base, return_dict=False)
-    assert verify(base, retrofit(base, tmp_path / "output")).passed
 
 
 def test_names_of_ours_in_the_source_do_not_take_our_place(base, tmp_path):
@@ -690,19 +605,6 @@ def test_names_of_ours_in_the_source_do_not_take_our_place(base, tmp_path):
     assert not (tmp_path / "another").exists()
 
 
-@pytest.mark.parametrize("name", ["../escaped.safetensors", "{folder}/escaped.safetensors", "config.json"])
-def test_revert_writes_nothing_outside_by_the_names_of_the_base_s_index(name, tmp_path):
-    """The index fits the shards in everything but the names."""
-    output = retrofit(save_base(tmp_path / "base"), tmp_path / "attnres")
-    weight_map = json.loads((output / "model.safetensors.index.json").read_text())["weight_map"]
-    name = name.format(folder=tmp_path)
-    base = {tensor: name for tensor, shard in weight_map.items() if shard == "model-00001-of-00002.safetensors"}
-    (output / "attnres_base" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": base}))
-    with pytest.raises(FileNotFoundError, match="names the shard"):
-        revert(output, tmp_path / "reverted" / "base")
-    assert not list(tmp_path.rglob("*escaped*")) and not (tmp_path / "reverted").exists()
-
-
 def test_special_tokens_name_no_file_outside(tmp_path):
     """transformers adds them to the tokenizer's configuration."""
     base = save_base(tmp_path / "base")
@@ -711,12 +613,3 @@ def test_special_tokens_name_no_file_outside(tmp_path):
     (base / "special_tokens_map.json").write_text(json.dumps(outside))
     with pytest.raises(ValueError, match="`tokenizer_file` of .*special_tokens_map.json names"):
         retrofit(base, tmp_path / "attnres")
-
-
-@pytest.mark.parametrize("spelled", [".", "../base", "../attnres/../base"])
-def test_a_base_s_name_does_not_hang_on_how_its_path_is_spelled(spelled, tmp_path, monkeypatch):
-    base = save_base(tmp_path / "base")
-    expected = (retrofit(base, tmp_path / "expected") / "README.md").read_bytes()
-    (tmp_path / "attnres").mkdir()
-    monkeypatch.chdir(base)
-    assert (retrofit(spelled, tmp_path / "attnres") / "README.md").read_bytes() == expected

@@ -4,22 +4,17 @@ import math
 import re
 import shutil
 import struct
-from html.parser import HTMLParser
 
 import pytest
 import torch
 from conftest import attnres_of, randomise_depth_attention, save_word_tokenizer, tiny_base
-from PIL import Image
-from safetensors.torch import load_file, save_file
 from test_cli import attnres
 from transformers import AutoModelForCausalLM
 
-from attnres_conversion import inspect_checkpoint, retrofit
-from attnres_conversion.inspect_checkpoint import labels, tables
-from attnres_conversion.page import write_page
-from attnres_conversion.pictures import write_pictures
 from modeling_attnres import DepthAttention
-from modeling_attnres.inspected import weights_digest
+from modeling_attnres.conversion import inspect_checkpoint, retrofit
+from modeling_attnres.conversion.inspect_checkpoint import labels, tables
+from modeling_attnres.conversion.pictures import write_pictures
 
 
 WORDS = [f"word{i}" for i in range(99)]
@@ -139,7 +134,7 @@ def test_tables(folders, inspection):
     row = re.search(
         r"^layer 4 attention +([\d.]+) +([\d.]+) \(.*?\) +([\d.]+) +([\d.]+) +([\d.]+)$", text, re.MULTILINE
     )
-    expected = inspection.mean_weights[SUBLAYERS.index("layer 4 attention"), :3].tolist()
+    expected = (3 * inspection.mean_weights[SUBLAYERS.index("layer 4 attention"), :3]).tolist()
     assert [float(number) for number in row.groups()[2:]] == pytest.approx(expected, abs=1e-3)
     i, j = divmod(inspection.loss_changes.nan_to_num(0).abs().argmax().item(), 4)
     first = re.search(r"change in loss\n(.*)", text)[1]
@@ -163,58 +158,16 @@ def test_pictures(folders, inspection, tmp_path):
     assert png_size(alone)[0] < png_size(tmp_path / "new" / "folder" / "weights.png")[0]
 
 
-def test_pictures_and_page_hold_the_digest_of_the_last(folders, inspection, tmp_path):
-    """As other readers of the formats find it."""
-    run = [inspect_checkpoint(folders / "step-100", TEXT), inspection]
-    for file in write_pictures(run, tmp_path):
-        with Image.open(file) as image:
-            assert image.text["attnres-weights"] == inspection.digest
-    found = []
-    parser = HTMLParser()
-    parser.handle_starttag = lambda tag, attributes: found.append(dict(attributes)) if tag == "meta" else None
-    parser.feed(write_page(run, tmp_path / "page.html").read_text())
-    assert {"name": "attnres-weights", "content": inspection.digest} in found
-
-
-def test_the_digest_is_of_the_values(folders, inspection, tmp_path):
-    """In whatever float format and files they lie; one number that is another, or one field, and it is another too."""
-    retrofitted = inspect_checkpoint(folders / "retrofit", TEXT)
-    model = load(folders / "step-200")
-    model.bfloat16().save_pretrained(tmp_path / "bfloat16")
-    model.float().save_pretrained(tmp_path / "float32", max_shard_size="20KB")
-    assert len(list((tmp_path / "float32").glob("*.safetensors"))) > 2
-    with torch.no_grad():
-        model.model.layers[1].mlp.up_proj.weight[3, 4] *= 1.01
-    model.save_pretrained(tmp_path / "weight")
-    model = load(tmp_path / "float32")
-    model.config.attn_res_norm_eps = 1e-5
-    model.save_pretrained(tmp_path / "field")
-    digests = {}
-    for name in ("bfloat16", "float32", "weight", "field"):
-        save_word_tokenizer(tmp_path / name, WORDS)
-        digests[name] = inspect_checkpoint(tmp_path / name, TEXT).digest
-    assert digests["bfloat16"] == digests["float32"]
-    # What a base may hold, and transformers saves otherwise
-    config, tensors = model.config, load_file(tmp_path / "field" / "model.safetensors")
-    for field, added in ((True, {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}), (False, {})):
-        config.tie_word_embeddings = field
-        bare = {name.removeprefix("model."): tensor for name, tensor in (tensors | added).items()}
-        save_file(bare, tmp_path / "bare.safetensors")
-        whole = weights_digest(config, [tmp_path / "field" / "model.safetensors"])
-        assert weights_digest(config, [tmp_path / "bare.safetensors"]) == whole
-    assert len({*digests.values(), inspection.digest, retrofitted.digest}) == 5
-    assert all(re.fullmatch("[0-9a-f]{64}", digest) for digest in digests.values())
-
-
-def test_the_heat_map_shows_the_weights(inspection):
-    """What matplotlib was given to draw, with its labels."""
+def test_the_heat_map_shows_the_factors(inspection):
+    """What matplotlib was given to draw, with its labels and the base's 1 in the middle of the colors."""
     from matplotlib.figure import Figure
 
-    from attnres_conversion.pictures import draw_ablation, draw_weights
+    from modeling_attnres.conversion.pictures import draw_ablation, draw_weights
 
+    factors = inspection.mean_weights * (~inspection.mean_weights.isnan()).sum(1, keepdim=True)
     for draw, drawn in (
-        (draw_weights, [inspection.mean_weights]),
-        (draw_ablation, [inspection.mean_weights, inspection.loss_changes]),
+        (draw_weights, [factors]),
+        (draw_ablation, [factors, inspection.loss_changes]),
     ):
         figure = Figure()
         draw(figure, [inspection])
@@ -226,6 +179,7 @@ def test_the_heat_map_shows_the_weights(inspection):
             shown = torch.tensor(axes.get_images()[0].get_array().filled(math.nan))
             torch.testing.assert_close(shown.float(), values, equal_nan=True)
             assert [label.get_text() for label in axes.get_xticklabels()] == inspection.sources
+        assert panels[0].get_images()[0].norm(1.0) == 0.5
         # The panels share their rows
         assert [label.get_text() for label in panels[0].get_yticklabels()] == SUBLAYERS
 
@@ -261,7 +215,7 @@ def test_labels_tell_checkpoints_apart(tmp_path, monkeypatch):
 
 
 def test_what_is_wrong_is_said(folders, tmp_path):
-    with pytest.raises(ValueError, match="is not AttnRes: its `model_type` is 'llama'"):
+    with pytest.raises(ValueError, match="is not an AttnRes checkpoint: its `model_type` is 'llama'"):
         inspect_checkpoint(folders / "base", TEXT)
     with pytest.raises(ValueError, match="The text has 1 tokens, but a loss needs at least 2"):
         inspect_checkpoint(folders / "retrofit", "word1")
@@ -277,4 +231,4 @@ def test_what_is_wrong_is_said(folders, tmp_path):
     with pytest.raises(ValueError, match="full has other sublayers or sources than retrofit"):
         write_pictures(inspections, tmp_path / "pictures")
     assert not (tmp_path / "pictures").exists()
-    assert re.search(r"layer \d \w+ 0\.067  ", tables(inspections)), "too many for a matrix: the three largest"
+    assert re.search(r"layer \d \w+ 1\.000  ", tables(inspections)), "too many for a matrix: three of them"

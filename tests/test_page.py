@@ -9,8 +9,8 @@ from urllib.parse import quote
 import pytest
 from test_inspect import SUBLAYERS, TEXT, folders  # noqa: F401  a fixture
 
-from attnres_conversion import inspect_checkpoint
-from attnres_conversion.page import write_page
+from modeling_attnres.conversion import inspect_checkpoint
+from modeling_attnres.conversion.page import write_page
 
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -66,7 +66,9 @@ def table(page):
 
 
 def expected(weights):
-    return [pytest.approx([w for w in row.tolist() if w == w], abs=0.0061) for row in weights]
+    """Weights times number of sources, as far as there are sources."""
+    rows = [[w for w in row.tolist() if w == w] for row in weights]
+    return [pytest.approx([w * len(row) for w in row], abs=0.0061) for row in rows]
 
 
 @in_a_browser
@@ -76,14 +78,14 @@ def test_picking_a_token_shows_its_weights(page, inspections):
 
     last = inspections[-1]
     caption, sublayers, sources, mean = table(page)
-    assert "Mean weights" in caption and sublayers == SUBLAYERS and sources == last.sources
+    assert "Mean over all tokens" in caption and sublayers == SUBLAYERS and sources == last.sources
     assert mean == expected(last.mean_weights)
 
     tokens = page.find_elements(By.CSS_SELECTOR, "#tokens button")
     assert [token.text for token in tokens] == TEXT.split()
     tokens[7].click()
     caption, _, _, at_7 = table(page)
-    assert f'token 7: "{last.tokens[7]}"' in caption and at_7 == expected(last.weights[:, 7])
+    assert caption.startswith("Token 7,") and last.tokens[7] in caption and at_7 == expected(last.weights[:, 7])
     assert at_7 != mean and tokens[7].get_attribute("aria-pressed") == "true"
     tokens[7].send_keys(Keys.ARROW_RIGHT)
     assert table(page)[3] == expected(last.weights[:, 8]) and page.switch_to.active_element.text == last.tokens[8]
@@ -104,7 +106,7 @@ def test_other_checkpoints_and_the_ablation(page, inspections):
         assert numbers == pytest.approx([change for change in row if change == change], abs=6e-4)
     Select(page.find_element(By.ID, "checkpoint")).select_by_index(0)
     assert table(page)[3] == expected(inspections[0].mean_weights)
-    assert [option.text for option in quantity.options] == ["weights"], "the first was not ablated"
+    assert [option.text for option in quantity.options] == ["weight × sources"], "the first was not ablated"
 
 
 @in_a_browser

@@ -14,17 +14,18 @@ import torch
 from conftest import AUTO_CLASSES, attnres_of, randomise_depth_attention, tiny_base
 from safetensors.torch import load_file, save_file
 from test_conversion import save_base
+from transformers import AutoTokenizer
 from transformers.dynamic_module_utils import get_imports
 
-from attnres_conversion import retrofit
+from modeling_attnres.conversion import retrofit, revert, verify
 
 
-# An import hook that knows of no such packages, so that an installed one cannot help
+# An import hook that knows of no such package, so that an installed one cannot help
 ISOLATED = """
 import sys
 class Refuse:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("modeling_attnres", "attnres_conversion"):
+        if name.split(".")[0] == "modeling_attnres":
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 sys.meta_path.insert(0, Refuse())
 import torch
@@ -262,3 +263,33 @@ def test_the_base_s_code_is_not_run_even_where_it_is_all_there_is(tmp_path):
             retrofit(base, tmp_path / model_type)
         assert not ran.exists()
     assert (tmp_path / "llama").exists() and not (tmp_path / "own").exists()
+
+
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+ROPES = {
+    "none": ("llama", {}),
+    "llama3": ("llama", {**LLAMA3, "original_max_position_embeddings": 64}),
+    "yarn": ("qwen2", {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}),
+    "longrope": ("phi3", {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}),
+}
+
+
+@pytest.mark.parametrize("named", [True, False], ids=["class named", "class not named"])
+@pytest.mark.parametrize("rope", ROPES)
+def test_the_tokenizer_needs_no_code_and_no_package(rope, named, tmp_path):
+    """With the rope fields that checkpoints of transformers 4 have."""
+    family, rope_scaling = ROPES[rope]
+    base = save_base(tmp_path / "base", family, rope_parameters=None)
+    config = json.loads((base / "config.json").read_text())
+    del config["rope_parameters"]
+    config |= {"rope_theta": 5000.0, **({"rope_scaling": rope_scaling} if rope_scaling else {})}
+    (base / "config.json").write_text(json.dumps(config))
+    if not named:
+        (base / "tokenizer_config.json").unlink()
+    output = retrofit(base, tmp_path / "attnres")
+    assert verify(base, output).passed
+    script = "print(AutoTokenizer.from_pretrained(folder, trust_remote_code=False)('word').input_ids)"
+    expected = str(AutoTokenizer.from_pretrained(base)("word").input_ids)
+    assert run_isolated(script, output, tmp_path).splitlines()[-1] == expected
+    reverted = revert(output, tmp_path / "reverted")
+    assert (reverted / "config.json").read_bytes() == (base / "config.json").read_bytes()

@@ -10,14 +10,14 @@ import numpy as np
 from safetensors.numpy import save_file
 from test_conversion import file_bytes, save_base
 
-from attnres_conversion import retrofit
+from modeling_attnres.conversion import retrofit
 
 
 def digests(folder):
     return {name: hashlib.sha256(content).hexdigest() for name, content in file_bytes(folder).items()}
 
 
-RETROFIT = "import sys; from attnres_conversion import retrofit; retrofit(sys.argv[1], sys.argv[2])"
+RETROFIT = "import sys; from modeling_attnres.conversion import retrofit; retrofit(sys.argv[1], sys.argv[2])"
 MACHINES = [
     {"PYTHONHASHSEED": "1", "LC_ALL": "C", "PYTHONUTF8": "0", "TZ": "Pacific/Auckland", "HOME": "/nonexistent"},
     {"PYTHONHASHSEED": "2", "LC_ALL": "C.UTF-8", "USER": "somebody", "OMP_NUM_THREADS": "3", "RAYON_NUM_THREADS": "5"},

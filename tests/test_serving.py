@@ -13,7 +13,7 @@ from test_examples import EXAMPLES
 from test_remote_code import run_isolated
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from attnres_conversion import retrofit
+from modeling_attnres.conversion import retrofit
 
 
 QUESTIONS = ["Name three colours of the rainbow.", "What is the capital of France?"]

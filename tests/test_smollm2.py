@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from attnres_conversion import retrofit, verify
+from modeling_attnres.conversion import retrofit, verify
 
 
 @pytest.fixture(scope="module")
@@ -14,7 +14,9 @@ def input_ids(smollm2_folder, real_text):
 
 @pytest.fixture(scope="module", params=["block", "full"])
 def attnres_folder(request, smollm2_folder, tmp_path_factory):
-    return retrofit(smollm2_folder, tmp_path_factory.mktemp(request.param) / "attnres", request.param, link=True)
+    return retrofit(
+        smollm2_folder, tmp_path_factory.mktemp(request.param) / "attnres", attn_res_type=request.param, link=True
+    )
 
 
 def logits(folder, input_ids, dtype):

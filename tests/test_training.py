@@ -10,8 +10,8 @@ from conftest import FAMILIES, attnres_of, tiny_base
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
-from attnres_conversion import retrofit
 from modeling_attnres import ATTN_RES_MODULES, attn_res_parameter_groups
+from modeling_attnres.conversion import retrofit
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ from train_base import train_tokenizer
 from transformers import AutoModelForCausalLM
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-from attnres_conversion import retrofit
 from modeling_attnres import ATTN_RES_MODULES, attn_res_parameter_groups
+from modeling_attnres.conversion import retrofit
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from server import chat, served
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from vllm_environment import VLLM_PYTHON, environment, job, run_jobs
 
-from attnres_conversion import retrofit
+from modeling_attnres.conversion import retrofit
 
 
 pytestmark = pytest.mark.skipif(
@@ -32,7 +32,9 @@ MAX_TOKENS = 24
 def trained_folder(request, smollm2_folder, tmp_path_factory):
     """SmolLM2-135M-Instruct retrofitted, with queries as after training."""
     folder = tmp_path_factory.mktemp(request.param)
-    model = AutoModelForCausalLM.from_pretrained(retrofit(smollm2_folder, folder / "attnres", request.param, link=True))
+    model = AutoModelForCausalLM.from_pretrained(
+        retrofit(smollm2_folder, folder / "attnres", attn_res_type=request.param, link=True)
+    )
     randomise_depth_attention(model, scale=0.004).save_pretrained(folder / "trained")
     AutoTokenizer.from_pretrained(smollm2_folder).save_pretrained(folder / "trained")
     return folder / "trained"

@@ -19,7 +19,7 @@ from text import recent_files, sample, token_blocks
 from training import WITHOUT_ATTN_RES, add_sweep_options, record, settings, sweep, train
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, set_seed
 
-from attnres_conversion import retrofit
+from modeling_attnres.conversion import retrofit
 from modeling_attnres.training import ATTN_RES_MODULES
 
 

@@ -19,7 +19,7 @@ from text import default_files
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import modeling_attnres  # noqa: F401  registers AttnRes with the Auto classes
-from attnres_conversion import retrofit
+from modeling_attnres.conversion import retrofit
 
 
 RETROFITS = {
