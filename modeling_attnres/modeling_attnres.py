@@ -10,7 +10,6 @@ keeps the sublayers' outputs apart, and a submodule that is called with the stre
 import inspect
 import operator
 from collections.abc import Callable, Iterator
-from functools import cache
 from itertools import repeat
 from threading import RLock
 from typing import Any
@@ -56,7 +55,12 @@ BASE_CLASS_ATTRIBUTES = (
 )
 
 
-ADDITIONS = {torch.add, *(getattr(torch.Tensor, n) for n in ("add", "__add__", "__radd__")), operator.add, operator.iadd}
+ADDITIONS = {
+    torch.add,
+    *(getattr(torch.Tensor, n) for n in ("add", "__add__", "__radd__")),
+    operator.add,
+    operator.iadd,
+}
 MULTIPLICATIONS = {
     torch.mul,
     *(getattr(torch.Tensor, n) for n in ("mul", "__mul__", "__rmul__")),
@@ -388,7 +392,9 @@ class AttnResModel(AttnResOverBase):
         name = f"AttnRes{base_class.__name__}"
         mapping = get_checkpoint_conversion_mapping(base_class.config_class.model_type)
         if mapping is not None:
-            register_checkpoint_conversion_mapping(name, [without_wildcards(entry) for entry in mapping], overwrite=True)
+            register_checkpoint_conversion_mapping(
+                name, [without_wildcards(entry) for entry in mapping], overwrite=True
+            )
         recorders = [OutputRecorder(AttnResDecoderLayer, i, capture_initial_hidden_state=False) for i in (0, 1)]
         recorded = {**(base_class._can_record_outputs or {}), "hidden_states": recorders}
         return super()._make_class(base_class, name=name, _can_record_outputs=recorded)

@@ -13,7 +13,11 @@ from transformers import AutoModelForCausalLM
 from modeling_attnres.conversion import retrofit, verify
 
 
-SHAPES = {"block 1": {"attn_res_block_size": 1}, "block 2": {"attn_res_block_size": 2}, "full": {"attn_res_type": "full"}}
+SHAPES = {
+    "block 1": {"attn_res_block_size": 1},
+    "block 2": {"attn_res_block_size": 2},
+    "full": {"attn_res_type": "full"},
+}
 each_family = pytest.mark.parametrize("family", FAMILIES)
 each_mixture = pytest.mark.parametrize("family", MIXTURES)
 each_shape = pytest.mark.parametrize("shape", list(SHAPES.values())[1:], ids=list(SHAPES)[1:])
