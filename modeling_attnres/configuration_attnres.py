@@ -111,7 +111,8 @@ class AttnResConfig(PreTrainedConfig):
     ):
         if base_model_type not in CONFIG_MAPPING:
             raise ValueError(
-                f"`base_model_type` is {base_model_type!r}, but transformers {transformers.__version__} has no such model."
+                f"`base_model_type` is {base_model_type!r}, but transformers {transformers.__version__} has no such "
+                "model."
             )
         kwargs.pop("model_type", None)
         base = CONFIG_MAPPING[base_model_type](**kwargs)

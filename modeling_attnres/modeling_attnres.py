@@ -56,16 +56,12 @@ BASE_CLASS_ATTRIBUTES = (
 
 
 ADDITIONS = {
-    torch.add,
-    *(getattr(torch.Tensor, n) for n in ("add", "__add__", "__radd__")),
-    operator.add,
-    operator.iadd,
+    *(operator.add, operator.iadd, torch.add),
+    *(getattr(torch.Tensor, name) for name in ("add", "__add__", "__radd__")),
 }
 MULTIPLICATIONS = {
-    torch.mul,
-    *(getattr(torch.Tensor, n) for n in ("mul", "__mul__", "__rmul__")),
-    operator.mul,
-    operator.imul,
+    *(operator.mul, operator.imul, torch.mul),
+    *(getattr(torch.Tensor, name) for name in ("mul", "__mul__", "__rmul__")),
 }
 
 
