@@ -93,9 +93,10 @@ class AttnResConfig(PreTrainedConfig):
             What the logits `q · RMSNorm(v)` are divided by. An optimizer with normalised steps, like Adam, moves them
             by up to learning rate × `hidden_size` / temperature a step. The paper has none, that is 1.0.
         attn_res_implementation (`str`, *optional*, defaults to `"auto"`):
-            What computes the depth attention. `"eager"`: PyTorch. `"fused"`: on a CUDA device the kernel of the
-            package flash-linear-attention, elsewhere what `torch.compile` makes of the operator, which needs a C++
-            compiler. `"auto"`: the kernel where it is there and the model is not compiled, else PyTorch. As with
+            What computes the depth attention. `"eager"`: the definition, on a stack of the sources. `"streaming"`: one
+            source after the other. `"compiled"`: the same compiled by PyTorch, which on a CPU needs a C++ compiler.
+            `"fla"`: the kernel of the package flash-linear-attention, on a CUDA device. `"auto"`: `"fla"` where it is
+            at hand and the model is not compiled, else `"streaming"` for many tokens and `"eager"` for few. As with
             `attn_implementation`, it is not saved.
         kwargs:
             The base's own fields.
@@ -119,7 +120,7 @@ class AttnResConfig(PreTrainedConfig):
     attn_res_scale: Literal["sum", "mean"] = "sum"
     attn_res_norm_eps: float = 1e-6
     attn_res_temperature: float = 1.0
-    attn_res_implementation: Literal["auto", "eager", "fused"] = "auto"
+    attn_res_implementation: Literal["auto", "eager", "streaming", "compiled", "fla"] = "auto"
 
     def __init__(
         self,

@@ -44,7 +44,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_attnres import AttnResConfig
-from .depth_attention import DepthAttention, DepthAttentionWeights
+from .depth_attention import DepthAttention
 
 
 # What the base's modules call the cache: transformers 5.24 renamed it. The models take either name
@@ -156,18 +156,15 @@ class AttnResDecoderLayer(GradientCheckpointingLayer):
         if self.is_linear_attention and CACHE_NAME == "past_key_values":
             kwargs["cache_params"] = kwargs.pop("past_key_values")
 
-        before_attention, before_mlp = depth_attention_masks
         attention_input = sources[0]
         if self.self_attention_res is not None:
-            attention_input = self.self_attention_res(
-                *sources, mask=before_attention, output_weights=output_depth_attentions
-            )
+            attention_input = self.self_attention_res(*sources)
         hidden_states = self.input_layernorm(attention_input)
         output = getattr(self, self.attention_name)(hidden_states=hidden_states, **kwargs)
         output = self.sublayer_output(output, "resid_attn_dropout")
         sources = add_source(sources, output, opens=self.opens_block)
 
-        hidden_states = self.mlp_res(*sources, mask=before_mlp, output_weights=output_depth_attentions)
+        hidden_states = self.mlp_res(*sources)
         hidden_states = self.post_attention_layernorm(hidden_states)
         output = self.sublayer_output(getattr(self, self.mlp_name)(hidden_states), "resid_mlp_dropout")
         return attention_input, *add_source(sources, output, opens=self.is_full)
@@ -208,7 +205,6 @@ class AttnResPreTrainedModel(PreTrainedModel):
             OutputRecorder(AttnResDecoderLayer, capture_initial_hidden_state=False),
             OutputRecorder(DepthAttention, layer_name="output_res", capture_initial_hidden_state=False),
         ],
-        "depth_attentions": DepthAttentionWeights,
         # As each base does it that comes along
         "attentions": [],
         "router_logits": [],
@@ -382,7 +378,7 @@ class AttnResModel(AttnResPreTrainedModel):
                 **kwargs,
             )
 
-        hidden_states = self.output_res(*sources, mask=depth_masks[-1], output_weights=output_depth_attentions)
+        hidden_states = self.output_res(*sources)
         return AttnResModelOutputWithPast(self.norm(hidden_states), **{CACHE_NAME: cache if use_cache else None})
 
     def checked_depth_attention_mask(self, mask: torch.BoolTensor | list[list[bool]]) -> list[list[bool]]:
