@@ -73,7 +73,10 @@ class AttnResConfig(PreTrainedConfig):
             The divisor of the logits `q · RMSNorm(v)`. With Adam, a step moves the logits by up to learning rate ×
             `hidden_size` / temperature. The paper has no temperature, which is 1.0.
         attn_res_implementation (`str`, *optional*, defaults to `"auto"`):
-            The implementation of the depth attention, one of `ATTN_RES_IMPLEMENTATIONS` or `"auto"`. It is not saved.
+            The implementation of the depth attention, which is not saved. `"eager"`: the definition, on a stack of the
+            sources. `"streaming"`: the sources are read one by one. `"compiled"`: the same compiled by PyTorch, which
+            needs a C++ compiler on a CPU. `"fla"`: the kernel of flash-linear-attention on a CUDA device. `"auto"`:
+            `"fla"` if available and the model is not compiled, else `"streaming"` for many tokens, `"eager"` for few.
         kwargs:
             The fields of the base.
 
@@ -96,7 +99,7 @@ class AttnResConfig(PreTrainedConfig):
     attn_res_scale: Literal["sum", "mean"] = "sum"
     attn_res_norm_eps: float = 1e-6
     attn_res_temperature: float = 1.0
-    attn_res_implementation: Literal["auto", "eager", "fused"] = "auto"
+    attn_res_implementation: Literal["auto", "eager", "streaming", "compiled", "fla"] = "auto"
 
     def __init__(
         self,

@@ -1,45 +1,42 @@
 # Copyright 2026 The modeling_attnres authors. Licensed under the Apache License, Version 2.0.
-"""Depth attention: a sublayer's input as a softmax-weighted sum over what earlier sublayers put out."""
+"""Depth attention: the input of a sublayer as a softmax-weighted sum over the outputs of earlier sublayers."""
+
+from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import nn
-
-from .fused_depth_attention import compiled_depth_attention, fused_depth_attention, fused_kernel
-from .streaming_depth_attention import streaming_depth_attention
+from torch.autograd.forward_ad import unpack_dual
 
 
 def depth_attention_weights(
     query: torch.Tensor, key_norm: torch.Tensor, values: torch.Tensor, eps: float
 ) -> torch.Tensor:
     r"""
-    The `α = softmaxᵢ(q · RMSNorm(vᵢ))` of [`depth_attention`], of sources in one tensor.
+    The weights `α = softmaxᵢ(q · RMSNorm(vᵢ))` of [`depth_attention`].
 
     Args:
-        query, key_norm (`torch.Tensor` of shape `(hidden_size,)`): as for [`depth_attention`].
-        values (`torch.Tensor` of shape `(sources, ..., hidden_size)`): the `vᵢ`, of the query's dtype.
-        eps (`float`): the epsilon of the keys' RMSNorm.
+        query, key_norm, eps: as for [`depth_attention`].
+        values (`torch.Tensor` of shape `(sources, ..., hidden_size)`): the sources `vᵢ` in one tensor.
 
     Returns:
-        `torch.Tensor` of shape `(sources, ...)`.
+        `torch.Tensor` of shape `(sources, ...)`, in float32, or in float64 for such sources.
     """
-    # `q · RMSNorm(v)`, with the norm's weight taken to the query and its factor out of the product. No matrix product,
-    # which autocast would compute in half precision
+    dtype = torch.promote_types(values.dtype, torch.float32)
+    query, key_norm, values = query.to(dtype), key_norm.to(dtype), values.to(dtype)
+    # `q · RMSNorm(v)` with the norm's weight multiplied into the query and its factor taken out of the product. This is
+    # no matrix product, because autocast would compute that in half precision
     mean_squares = torch.linalg.vector_norm(values, dim=-1).square() / values.shape[-1]
     logits = (values * (query * key_norm)).sum(dim=-1) * (mean_squares + eps).rsqrt()
     return logits.softmax(dim=0)
 
 
 def depth_attention(
-    query: torch.Tensor,
-    key_norm: torch.Tensor,
-    sources: tuple[torch.Tensor, ...],
-    scale: str,
-    eps: float,
+    query: torch.Tensor, key_norm: torch.Tensor, sources: tuple[torch.Tensor, ...], scale: str, eps: float
 ) -> torch.Tensor:
     r"""
     Attention over depth, separately at each position ([arXiv 2603.15031](https://arxiv.org/abs/2603.15031), section 3):
-    `h = s · Σᵢ αᵢ vᵢ` with `α = softmaxᵢ(q · RMSNorm(vᵢ))`. All of it is computed in float32,
-    or in float64 for such sources.
+    `h = s · Σᵢ αᵢ vᵢ` with `α = softmaxᵢ(q · RMSNorm(vᵢ))`, computed in float32, or in float64 for such sources.
 
     Args:
         query (`torch.Tensor` of shape `(hidden_size,)`): the pseudo-query `q`.
@@ -49,43 +46,209 @@ def depth_attention(
         eps (`float`): the epsilon of the keys' RMSNorm.
 
     Returns:
-        `torch.Tensor`: `h`, in the sources' shape and dtype.
+        `torch.Tensor`: `h`, in the shape and dtype of a source.
     """
-    dtype = torch.promote_types(sources[0].dtype, torch.float32)
-    query, key_norm, values = (
-        # In a decoding step each call counts, one that does nothing too
-        tensor if tensor.dtype == dtype else tensor.to(dtype)
-        for tensor in (query, key_norm, torch.stack(sources))
-    )
+    dtype = sources[0].dtype
+    values = torch.stack(sources).to(torch.promote_types(dtype, torch.float32))
     weights = depth_attention_weights(query, key_norm, values, eps)
     if scale == "sum":
         # Before the sum: with a zero query each weight is then 1, and `h` the plain sum
         weights = weights * len(sources)
-    output = (weights.unsqueeze(-1) * values).sum(dim=0)
-    return output if output.dtype == sources[0].dtype else output.to(sources[0].dtype)
+    return (weights.unsqueeze(-1) * values).sum(dim=0).to(dtype)
 
 
-# Numbers in a source from which on it pays to go from source to source (measured on a CPU); below, the fewest calls win
+def read_one_by_one(query, key_norm, sources, scale, eps, upcast=lambda source: source) -> tuple[torch.Tensor, ...]:
+    """[`depth_attention`] of sources of shape `(tokens, hidden_size)` without a stack; the logits; `1 / rms(vᵢ)`."""
+    dtype = torch.promote_types(sources[0].dtype, torch.float32)
+    scaled_query = query.to(dtype) * key_norm.to(dtype)
+    norms, products = [], []
+    with torch.autocast(scaled_query.device.type, enabled=False):
+        for source in map(upcast, sources):
+            # The norm first: it fetches a source from memory twice as fast as the product does
+            norms.append(torch.linalg.vector_norm(source, dim=-1))
+            products.append(torch.mv(source, scaled_query))
+    inverse_rms = (torch.stack(norms).square() / query.shape[-1] + eps).rsqrt()
+    logits = torch.stack(products) * inverse_rms
+
+    weights = (logits.softmax(dim=0) * (len(sources) if scale == "sum" else 1)).unsqueeze(-1)
+    output = weights[0] * upcast(sources[0])
+    for weight, source in zip(weights[1:], sources[1:]):
+        output.addcmul_(weight, upcast(source))
+    return output, logits, inverse_rms
+
+
+def differentiable(query, key_norm, scale, eps, *sources) -> torch.Tensor:
+    """[`read_one_by_one`] in PyTorch's own operations, which have all derivatives."""
+    dtype = torch.promote_types(sources[0].dtype, torch.float32)
+    output, *_ = read_one_by_one(query, key_norm, [source.to(dtype) for source in sources], scale, eps)
+    return output.to(sources[0].dtype)
+
+
+class StreamingDepthAttention(torch.autograd.Function):
+    r"""
+    [`read_one_by_one`] with a backward pass that reads the sources one by one too, and keeps two numbers for each token
+    and source. With `kᵢ = RMSNorm(vᵢ)`, `rᵢ = 1 / rms(vᵢ)`, `w` the norm's weight, logits `lᵢ = q · kᵢ`, a gradient `g`
+    of `h` and `H = hidden_size`, the gradients are
+
+    ```
+    dαᵢ = s g · vᵢ        dlᵢ = αᵢ (dαᵢ - Σⱼ αⱼ dαⱼ)        d(q w) = Σᵢ dlᵢ rᵢ vᵢ
+    dvᵢ = s αᵢ g + dlᵢ rᵢ (q w) - dlᵢ lᵢ rᵢ² vᵢ / H
+    ```
+    """
+
+    @staticmethod
+    def forward(ctx, query, key_norm, scale, eps, *sources):
+        upcast = into_one_buffer(sources[0])
+        output, logits, inverse_rms = read_one_by_one(query, key_norm, sources, scale, eps, upcast)
+        ctx.save_for_backward(query, key_norm, logits, inverse_rms, *sources)
+        ctx.scale, ctx.eps = scale, eps
+        return output.to(sources[0].dtype)
+
+    @staticmethod
+    def backward(ctx, output_grad):
+        query, key_norm, logits, inverse_rms, *sources = ctx.saved_tensors
+        if torch.is_grad_enabled() or is_transformed(output_grad):
+            # The gradients are differentiated in turn
+            read = lambda query, key_norm, *sources: differentiable(query, key_norm, ctx.scale, ctx.eps, *sources)  # noqa: E731
+            query_grad, key_norm_grad, *source_grads = torch.func.vjp(read, query, key_norm, *sources)[1](output_grad)
+            return query_grad, key_norm_grad, None, None, *source_grads
+
+        dtype, factor = logits.dtype, len(sources) if ctx.scale == "sum" else 1
+        scaled_query = query.to(dtype) * key_norm.to(dtype)
+        output_grad = output_grad.to(dtype)
+        weights = logits.softmax(dim=0)
+        product = torch.empty_like(output_grad)
+        weight_grads = torch.stack([product.copy_(source).mul_(output_grad).sum(dim=-1) for source in sources]) * factor
+        logit_grads = weights * (weight_grads - (weights * weight_grads).sum(dim=0))
+
+        # The factors of `scaled_query`, of the output's gradient and of the source itself in a source's gradient
+        of_query = logit_grads * inverse_rms
+        of_output_grad = (weights * factor).unsqueeze(-1)
+        of_source = (of_query * logits * inverse_rms / -query.shape[-1]).unsqueeze(-1)
+        scaled_query_grad = of_query.new_zeros(query.shape)
+        source_grads = []
+        for i, source in enumerate(map(into_one_buffer(sources[0]), sources)):
+            source_grad = of_output_grad[i] * output_grad
+            source_grad.addcmul_(of_query[i].unsqueeze(-1), scaled_query).addcmul_(of_source[i], source)
+            scaled_query_grad.addmv_(source.t(), of_query[i])  # in place, which autocast leaves as it is
+            source_grads.append(source_grad.to(sources[i].dtype))
+        query_grad = (scaled_query_grad * key_norm).to(query.dtype)
+        key_norm_grad = (scaled_query_grad * query).to(key_norm.dtype)
+        return query_grad, key_norm_grad, None, None, *source_grads
+
+
+def into_one_buffer(like: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A function that gives a source in float32: the source itself, or a buffer that the next call overwrites."""
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    return (lambda source: source) if like.dtype == dtype else torch.empty_like(like, dtype=dtype).copy_
+
+
+def is_transformed(*tensors: torch.Tensor) -> bool:
+    """Whether `torch.func` or forward mode is at work, for which an `autograd.Function` of its own is no good."""
+    # PyTorch has no public name for the first. Without it, `autograd.Function` itself raises under a transform
+    transforms_are_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
+    return transforms_are_active() or any(unpack_dual(tensor).tangent is not None for tensor in tensors)
+
+
+def streaming_depth_attention(
+    query: torch.Tensor, key_norm: torch.Tensor, sources: tuple[torch.Tensor, ...], scale: str, eps: float
+) -> torch.Tensor:
+    """[`depth_attention`] that reads the sources one after the other: less memory, and faster for many tokens."""
+    inputs = query, key_norm, scale, eps, *(source.reshape(-1, source.shape[-1]) for source in sources)
+    # A compiler makes a backward pass of its own, as fast as ours
+    by_torch = torch.compiler.is_compiling() or is_transformed(query, key_norm, *sources)
+    output = differentiable(*inputs) if by_torch else StreamingDepthAttention.apply(*inputs)
+    return output.view(sources[0].shape)
+
+
+@cache
+def compiled_operator() -> Callable:
+    try:
+        # One graph for each number of sources; without a limit of our own, torch gives up after eight
+        return torch.compile(streaming_depth_attention, recompile_limit=256)
+    except TypeError:  # torch before 2.13
+        return torch.compile(streaming_depth_attention)
+
+
+def compiled_depth_attention(
+    query: torch.Tensor, key_norm: torch.Tensor, sources: tuple[torch.Tensor, ...], scale: str, eps: float
+) -> torch.Tensor:
+    """[`depth_attention`] compiled by PyTorch, once for each number of sources. Pays in half precision on a CPU."""
+    try:
+        return compiled_operator()(query, key_norm, sources, scale, eps)
+    except Exception as error:
+        if "C++ compiler" not in str(error):
+            raise
+        raise ImportError(
+            "`attn_res_implementation` is 'compiled', which on a CPU needs a C++ compiler (g++ or clang++), and none "
+            "was found: install one, or choose 'auto'."
+        ) from error
+
+
+@cache
+def fla_kernel() -> Callable | None:
+    try:
+        from fla.ops.attnres import fused_attnres  # takes seconds
+    except ImportError:
+        return None
+    return fused_attnres
+
+
+def fla_depth_attention(
+    query: torch.Tensor, key_norm: torch.Tensor, sources: tuple[torch.Tensor, ...], scale: str, eps: float
+) -> torch.Tensor:
+    """[`depth_attention`] by flash-linear-attention. Its kernel rounds the mean, so half precision rounds twice."""
+    kernel = fla_kernel()
+    if kernel is None:
+        raise ImportError(
+            "`attn_res_implementation` is 'fla', which needs the package flash-linear-attention, 0.6 or newer: "
+            "`pip install -U flash-linear-attention`, or choose 'auto'."
+        )
+    if not takes_fla_kernel(sources[0]):
+        raise ValueError(
+            "`attn_res_implementation` is 'fla', which computes in float32 or half precision on a CUDA device, but the "
+            f"hidden states are {sources[0].dtype} on {sources[0].device}: choose 'auto'."
+        )
+    output = kernel(query, sources, key_norm, rms_eps=eps)
+    return output * len(sources) if scale == "sum" else output
+
+
+def takes_fla_kernel(source: torch.Tensor) -> bool:
+    return source.is_cuda and source.dtype != torch.float64
+
+
+# Numbers in a source from which on `streaming` is faster than `eager` (measured on a CPU)
 STREAMING_SIZE = 2**16
 
 
-def choose_implementation(name: str, source: torch.Tensor):
-    """The function that an `attn_res_implementation` stands for, with sources like this one."""
-    if name == "auto":
-        # A compiler fuses by itself; the kernel computes in float32
-        takes_kernel = source.is_cuda and source.dtype != torch.float64 and not torch.compiler.is_compiling()
-        name = "fused" if takes_kernel and fused_kernel() is not None else "eager"
-    if name == "fused" and source.is_cuda:
-        return fused_depth_attention
-    if source.numel() <= STREAMING_SIZE:
-        return depth_attention
-    return streaming_depth_attention if name == "eager" else compiled_depth_attention
+def auto_depth_attention(
+    query: torch.Tensor, key_norm: torch.Tensor, sources: tuple[torch.Tensor, ...], scale: str, eps: float
+) -> torch.Tensor:
+    """[`depth_attention`] by the fastest implementation at hand for these sources."""
+    source = sources[0]
+    if takes_fla_kernel(source) and not torch.compiler.is_compiling() and fla_kernel() is not None:
+        attend = fla_depth_attention
+    elif source.numel() > STREAMING_SIZE and not source.is_meta:
+        attend = streaming_depth_attention
+    else:
+        attend = depth_attention
+    return attend(query, key_norm, sources, scale, eps)
+
+
+# What `config.attn_res_implementation` chooses from
+ATTN_RES_IMPLEMENTATIONS = {
+    "auto": auto_depth_attention,
+    "eager": depth_attention,
+    "streaming": streaming_depth_attention,
+    "compiled": compiled_depth_attention,
+    "fla": fla_depth_attention,
+}
 
 
 class DepthAttention(nn.Module):
     r"""
-    Depth attention of one sublayer. Its query and the weight of its key norm are parameters of this very module, so
-    that whatever gathers, moves, trains or skips parameters module by module finds both.
+    The depth attention of one sublayer. Query and key norm are float32 parameters of this very module, whatever the
+    dtype of the model, so that everything that gathers, moves, trains or skips parameters by module finds both.
 
     Args:
         config ([`AttnResConfig`]): the model's configuration.
@@ -97,32 +260,24 @@ class DepthAttention(nn.Module):
         self.scale = config.attn_res_scale
         self.eps = config.attn_res_norm_eps
         self.temperature = config.attn_res_temperature
-        # In float32 in half precision models too, since bfloat16 has no number between 1 and 1.008
         self.query = nn.Parameter(torch.zeros(config.hidden_size, dtype=torch.float32))
         self.key_norm = nn.Parameter(torch.ones(config.hidden_size, dtype=torch.float32))
 
     def forward(self, *sources: torch.Tensor) -> torch.Tensor:
-        r"""
-        The sources become one tensor. See [`depth_attention`].
-
-        Args:
-            sources (`torch.Tensor` of shape `(batch, sequence, hidden_size)`): the `vᵢ`.
-
-        Returns:
-            `torch.Tensor` of shape `(batch, sequence, hidden_size)`.
-        """
-        query = self.query
-        if self.temperature != 1.0:
-            # Logits are float32, so what they are made of is not rounded to less
-            query = query.to(torch.promote_types(query.dtype, torch.float32)) / self.temperature
-        attend = choose_implementation(self.config.attn_res_implementation, sources[0])
-        return attend(query, self.key_norm, sources, self.scale, self.eps)
+        """[`depth_attention`] over `sources`, each `(batch, sequence, hidden_size)`."""
+        attend = ATTN_RES_IMPLEMENTATIONS[self.config.attn_res_implementation]
+        return attend(self.tempered_query(), self.key_norm, sources, self.scale, self.eps)
 
     def attention_weights(self, *sources: torch.Tensor) -> torch.Tensor:
-        """`(batch, sequence, sources)` in float32, or float64."""
-        dtype = torch.promote_types(sources[0].dtype, torch.float32)
-        query, key_norm, values = (t.to(dtype) for t in (self.query, self.key_norm, torch.stack(sources)))
-        return depth_attention_weights(query / self.temperature, key_norm, values, self.eps).movedim(0, -1)
+        """The weights that [`~DepthAttention.forward`] gives to `sources`, `(batch, sequence, sources)`, in float32."""
+        values = torch.stack(sources)
+        return depth_attention_weights(self.tempered_query(), self.key_norm, values, self.eps).movedim(0, -1)
+
+    def tempered_query(self) -> torch.Tensor:
+        if self.temperature == 1.0:
+            return self.query
+        # The logits are float32, so the query is not rounded to less
+        return self.query.to(torch.promote_types(self.query.dtype, torch.float32)) / self.temperature
 
     def extra_repr(self) -> str:
         return f"{self.query.shape[0]}, scale={self.scale!r}, eps={self.eps}, temperature={self.temperature}"

@@ -129,8 +129,8 @@ class ResidualStream:
 
     @classmethod
     def __torch_function__(cls, function: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None):
-        # Reached by `tensor + stream` and, under a compiler, by `stream + tensor`. The methods are called by name, since
-        # `+` would come back here
+        # `tensor + stream` arrives here, and under a compiler `stream + tensor` too. The methods are called by name,
+        # since `+` would come back here
         if function in ADDITIONS:
             return args[0].__add__(args[1]) if isinstance(args[0], cls) else args[1].__add__(args[0])
         if function in MULTIPLICATIONS:
@@ -149,7 +149,7 @@ class ResidualStream:
 
 
 class Reader:
-    """`self` for the forward of a base's decoder layer. A submodule that is called with the stream receives its read."""
+    """`self` for the forward of a base's decoder layer. Submodules that are called with the stream receive its read."""
 
     def __init__(self, module: nn.Module, call: Callable):
         self._module = module
@@ -286,8 +286,8 @@ class AttnResDecoderLayer(OverBase, GradientCheckpointingLayer):
         is_stream = isinstance(hidden_states, ResidualStream)
         if self.layer_idx > 0 and not is_stream:
             raise ValueError(
-                f"Layer {self.layer_idx} of an AttnRes model needs the sources of all layers before it, but received one "
-                "tensor. Pipeline parallelism passes on one tensor: use tensor parallelism instead (vLLM: "
+                f"Layer {self.layer_idx} of an AttnRes model needs the sources of all layers before it, but received "
+                "one tensor. Pipeline parallelism passes on one tensor: use tensor parallelism instead (vLLM: "
                 "`--tensor-parallel-size N --pipeline-parallel-size 1`)."
             )
         sources = hidden_states.sources if is_stream else (hidden_states,)
@@ -421,7 +421,7 @@ def contract_error(message: str) -> RuntimeError:
 
 class AttnResForCausalLM(AttnResOverBase, GenerationMixin):
     r"""
-    [`AttnResModel`] with the language modeling head of its base. Its forward (logits, loss, auxiliary loss) is the base's.
+    [`AttnResModel`] with the language modeling head of its base. Its forward is the base's.
 
     Args:
         config ([`AttnResConfig`]): the model's configuration.

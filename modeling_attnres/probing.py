@@ -1,6 +1,5 @@
 # Copyright 2026 The modeling_attnres authors. Licensed under the Apache License, Version 2.0.
-"""Recording and masking depth attention with hooks. They work on any model that contains depth attentions: every head, in
-`generate`, under DDP, with PEFT, and on remote code."""
+"""Recording and masking depth attention by hooks: any head, in `generate`, under DDP, with PEFT, on remote code."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -11,9 +10,9 @@ from torch import nn
 
 def depth_attentions(model: nn.Module) -> dict[str, nn.Module]:
     r"""
-    The depth attentions of a model in the order of their calls, by names like `"layer 3 attention"`, `"layer 3 MLP"` and
-    `"output"`. The first read of a layer is named after its attention, although parallel sublayers share it. With PEFT,
-    these are the modules in use.
+    The depth attentions of a model in the order of their calls, by names like `"layer 3 attention"`, `"layer 3 MLP"`
+    and `"output"`. The first read of a layer is named after its attention, although parallel sublayers share it. With
+    PEFT, these are the modules in use.
     """
     modules = {}
     for layer in decoder_layers(model):

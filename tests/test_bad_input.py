@@ -4,8 +4,7 @@ import pytest
 import torch
 from conftest import FAMILIES, TINY, attnres_of, randomise_depth_attention, tiny_base
 
-from modeling_attnres.depth_attention import depth_attention
-from modeling_attnres.streaming_depth_attention import streaming_depth_attention
+from modeling_attnres.depth_attention import depth_attention, streaming_depth_attention
 
 
 TYPES = {"block": {"attn_res_block_size": 2}, "full": {"attn_res_type": "full"}}

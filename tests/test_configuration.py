@@ -191,7 +191,7 @@ def test_the_implementation_is_chosen_at_load_and_not_saved(tmp_path):
     assert "attn_res_implementation" not in (tmp_path / "config.json").read_text()
     assert "attn_res_implementation" not in config.to_dict()
     assert AutoConfig.from_pretrained(tmp_path).attn_res_implementation == "auto"
-    assert AutoConfig.from_pretrained(tmp_path, attn_res_implementation="fused").attn_res_implementation == "fused"
+    assert AutoConfig.from_pretrained(tmp_path, attn_res_implementation="fla").attn_res_implementation == "fla"
     assert copy.deepcopy(config).attn_res_implementation == "eager"
-    with pytest.raises(Exception, match="(?s)attn_res_implementation.*'fused'.*flash"):
+    with pytest.raises(Exception, match="(?s)attn_res_implementation.*'fla'.*flash"):
         AttnResConfig(attn_res_implementation="flash")

@@ -1,25 +1,23 @@
-"""The operators against fla's reference and a float64 formula, in value and gradient."""
+"""The implementations of depth attention against fla's reference and a float64 formula, in value and derivatives."""
 
 import os
 import shutil
 import subprocess
 import sys
-from types import SimpleNamespace
 
-import fla.ops.attnres
 import pytest
 import torch
 from fla.ops.attnres import naive_attnres
+from torch.autograd import forward_ad
 from torch.autograd.graph import saved_tensors_hooks
 
 from modeling_attnres import AttnResConfig, DepthAttention
-from modeling_attnres.depth_attention import choose_implementation, depth_attention
-from modeling_attnres.fused_depth_attention import fused_depth_attention, fused_kernel
-from modeling_attnres.streaming_depth_attention import streaming_depth_attention
+from modeling_attnres.depth_attention import ATTN_RES_IMPLEMENTATIONS
 
 
 EPS = 1e-6
-each_operator = pytest.mark.parametrize("attend", [depth_attention, streaming_depth_attention])
+both_scales = pytest.mark.parametrize("scale", ["sum", "mean"])
+each_implementation = pytest.mark.parametrize("attend", [ATTN_RES_IMPLEMENTATIONS[n] for n in ("eager", "streaming")])
 
 
 def inputs(num_sources, dtype=torch.float32, shape=(2, 5, 16), seed=0):
@@ -28,22 +26,35 @@ def inputs(num_sources, dtype=torch.float32, shape=(2, 5, 16), seed=0):
     key_norm = 1 + 0.3 * torch.randn(shape[-1], generator=generator, dtype=torch.float64)
     # Sources of very different size, as in a trained model
     sources = [10.0**i * torch.randn(shape, generator=generator, dtype=torch.float64) for i in range(num_sources)]
-    return [tensor.to(dtype).requires_grad_() for tensor in (query, key_norm, *sources)]
+    # As in a model: half precision is for the sources, not for the parameters
+    parameter_dtype = torch.promote_types(dtype, torch.float32)
+    parameters = [tensor.to(parameter_dtype) for tensor in (query, key_norm)]
+    return [tensor.requires_grad_() for tensor in (*parameters, *(source.to(dtype) for source in sources))]
 
 
 def formula(query, key_norm, *sources, scale):
     """DESIGN §1, written out in float64."""
     query, key_norm, *sources = (tensor.double() for tensor in (query, key_norm, *sources))
     logits = [(query * key_norm * v / (v.pow(2).mean(-1, keepdim=True) + EPS).sqrt()).sum(-1) for v in sources]
-    exponentials = [(logit - torch.stack(logits).amax(0)).exp() for logit in logits]
-    weights = [e / sum(exponentials) for e in exponentials]
+    weights = torch.stack(logits).softmax(0)
     s = len(sources) if scale == "sum" else 1
     return s * sum(w.unsqueeze(-1) * v for w, v in zip(weights, sources))
 
 
-@pytest.mark.parametrize("scale", ["sum", "mean"])
+def assert_gradients_are_the_formulas(output, tensors, scale, tolerance=1e-5):
+    exact_tensors = [tensor.detach().double().requires_grad_() for tensor in tensors]
+    direction = torch.randn(output.shape, generator=torch.Generator().manual_seed(1)).to(output.dtype)
+    ours = torch.autograd.grad(output, tensors, direction)
+    exact = torch.autograd.grad(formula(*exact_tensors, scale=scale), exact_tensors, direction.double())
+    for gradient, tensor, expected in zip(ours, tensors, exact):
+        assert gradient.dtype == tensor.dtype
+        rounding = torch.finfo(tensor.dtype).eps / 2 * expected.abs()
+        assert ((gradient.double() - expected).abs() <= rounding + tolerance * expected.abs().max()).all()
+
+
+@both_scales
 @pytest.mark.parametrize("num_sources", [1, 2, 5])
-@each_operator
+@each_implementation
 def test_values_and_gradients_are_those_of_fla(num_sources, scale, attend):
     ours, theirs = inputs(num_sources), inputs(num_sources)
     output = attend(ours[0], ours[1], tuple(ours[2:]), scale, EPS)
@@ -60,44 +71,125 @@ def test_values_and_gradients_are_those_of_fla(num_sources, scale, attend):
         torch.testing.assert_close(ours_tensor.grad / size, theirs_tensor.grad / size, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("scale", ["sum", "mean"])
-@each_operator
-def test_values_and_gradients_are_those_of_the_float64_formula(scale, attend):
-    tensors = inputs(4)
-    expected_tensors = [tensor.detach().double().requires_grad_() for tensor in tensors]
+@both_scales
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@each_implementation
+def test_values_and_gradients_are_rounded_once_at_the_end(dtype, scale, attend):
+    tensors = inputs(4, dtype)
     output = attend(tensors[0], tensors[1], tuple(tensors[2:]), scale, EPS)
-    expected = formula(*expected_tensors, scale=scale)
-    assert (output - expected).abs().max() < 2e-6 * expected.abs().max()
-
-    output.sum().backward()
-    expected.sum().backward()
-    for tensor, expected_tensor in zip(tensors, expected_tensors):
-        assert (tensor.grad - expected_tensor.grad).abs().max() < 1e-5 * expected_tensor.grad.abs().max()
-
-
-@pytest.mark.parametrize("scale", ["sum", "mean"])
-@each_operator
-def test_float64_is_kept_and_passes_gradcheck(scale, attend):
-    tensors = inputs(3, torch.float64, shape=(2, 6))
-    query, key_norm, *sources = tensors
-    output = attend(query, key_norm, tuple(sources), scale, EPS)
-    torch.testing.assert_close(output, formula(*tensors, scale=scale), rtol=1e-12, atol=1e-12)
-    assert torch.autograd.gradcheck(lambda q, k, *v: attend(q, k, v, scale, EPS), tensors)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@each_operator
-def test_half_precision_is_rounded_once_at_the_end(dtype, attend):
-    tensors = [tensor.detach() for tensor in inputs(4, dtype, seed=3)]
-    output = attend(tensors[0], tensors[1], tuple(tensors[2:]), "sum", EPS)
-    expected = formula(*tensors, scale="sum")
+    exact = formula(*tensors, scale=scale)
     assert output.dtype == dtype
     # Half a unit in the last place, and float32's own rounding
-    tolerance = torch.finfo(dtype).eps / 2 * expected.abs() + 1e-5 * expected.abs().max()
-    assert ((output.double() - expected).abs() <= tolerance).all()
+    tolerance = torch.finfo(dtype).eps / 2 * exact.abs() + 2e-6 * exact.abs().max()
+    assert ((output.double() - exact).abs() <= tolerance).all()
+    assert_gradients_are_the_formulas(output, tensors, scale)
 
 
-@each_operator
+@both_scales
+@each_implementation
+def test_float64_is_kept_and_passes_gradcheck(scale, attend):
+    tensors = inputs(3, torch.float64, shape=(2, 6))
+    output = attend(tensors[0], tensors[1], tuple(tensors[2:]), scale, EPS)
+    torch.testing.assert_close(output, formula(*tensors, scale=scale), rtol=1e-12, atol=1e-12)
+    operator = lambda query, key_norm, *sources: attend(query, key_norm, sources, scale, EPS)  # noqa: E731
+    assert torch.autograd.gradcheck(operator, tensors, check_forward_ad=True, check_batched_grad=True)
+    assert torch.autograd.gradgradcheck(operator, tensors, check_fwd_over_rev=True, check_rev_over_rev=True)
+
+
+# All ways to derivatives beyond a plain backward pass, of a loss of a tuple of tensors
+def second_derivatives(loss, tensors):
+    tensors = [tensor.clone().requires_grad_() for tensor in tensors]
+    gradients = torch.autograd.grad(loss(*tensors), tensors, create_graph=True)
+    return torch.autograd.grad(sum(gradient.square().sum() for gradient in gradients), tensors)
+
+
+def second_derivatives_by_backward_of_some_inputs(loss, tensors):
+    tensors = [tensor.clone().requires_grad_() for tensor in tensors]
+    gradients = torch.autograd.grad(loss(*tensors), tensors, create_graph=True)
+    sum(gradient.square().sum() for gradient in gradients).backward(inputs=tensors[1:3])
+    return [tensor.grad for tensor in tensors[1:3]]
+
+
+def second_derivatives_by_functional_gradients(loss, tensors):
+    all_of_them = tuple(range(len(tensors)))
+    gradients = torch.func.grad(loss, all_of_them)
+    return torch.func.grad(lambda *tensors: sum(g.square().sum() for g in gradients(*tensors)), all_of_them)(*tensors)
+
+
+def hessian_vector_product(loss, tensors):
+    return torch.autograd.functional.hvp(loss, tuple(tensors), tuple(tensors))[1]
+
+
+def hessian_vector_product_forward_over_reverse(loss, tensors):
+    gradients = torch.func.grad(loss, tuple(range(len(tensors))))
+    return torch.func.jvp(gradients, tuple(tensors), tuple(tensors))[1]
+
+
+def gradients_of_each_example(loss, tensors):
+    query, key_norm, *sources = tensors
+    examples = [torch.stack([source, -source]) for source in sources]
+    in_dims = (None, None, *(0 for _ in sources))
+    return torch.func.vmap(torch.func.grad(loss, tuple(range(len(tensors)))), in_dims)(query, key_norm, *examples)
+
+
+def gradients_for_each_query(loss, tensors):
+    query, *others = tensors
+    in_dims = (0, *(None for _ in others))
+    return torch.func.vmap(torch.func.grad(loss), in_dims)(torch.stack([query, -query]), *others)
+
+
+def several_gradients_at_once(loss, tensors):
+    tensors = [tensor.clone().requires_grad_() for tensor in tensors]
+    return torch.autograd.grad(loss(*tensors), tensors, torch.tensor([1.0, 2.0]).double(), is_grads_batched=True)
+
+
+def forward_mode(loss, tensors):
+    with forward_ad.dual_level():
+        duals = [forward_ad.make_dual(tensor, tensor) for tensor in tensors]
+        return forward_ad.unpack_dual(loss(*duals)).tangent
+
+
+def forward_mode_twice(loss, tensors):
+    query, *others = tensors
+    first = lambda query: torch.func.jvp(lambda query: loss(query, *others), (query,), (query,))[1]  # noqa: E731
+    return torch.func.jvp(first, (query,), (query,))[1]
+
+
+def as_tuple(tensors):
+    return (tensors,) if isinstance(tensors, torch.Tensor) else tuple(tensors)
+
+
+@pytest.mark.parametrize("tokens", [2, 1100], ids=["few tokens", "many tokens"])
+@pytest.mark.parametrize(
+    "derivatives",
+    [
+        second_derivatives,
+        second_derivatives_by_backward_of_some_inputs,
+        second_derivatives_by_functional_gradients,
+        hessian_vector_product,
+        hessian_vector_product_forward_over_reverse,
+        gradients_of_each_example,
+        gradients_for_each_query,
+        several_gradients_at_once,
+        forward_mode,
+        forward_mode_twice,
+    ],
+)
+def test_derivatives_of_every_order_and_mode_are_right_at_every_size(derivatives, tokens):
+    tensors = [tensor.detach() for tensor in inputs(3, torch.float64, shape=(tokens, 64))]
+    module = DepthAttention(AttnResConfig(hidden_size=64)).double()
+
+    def loss(query, key_norm, *sources):
+        parameters = {"query": query, "key_norm": key_norm}
+        return torch.func.functional_call(module, parameters, sources).square().mean()
+
+    ours = derivatives(loss, tensors)
+    expected = derivatives(lambda *tensors: formula(*tensors, scale="sum").square().mean(), tensors)
+    for result, exact in zip(as_tuple(ours), as_tuple(expected), strict=True):
+        assert (result - exact).abs().max() <= 1e-9 * exact.abs().max()
+
+
+@each_implementation
 def test_autocast_changes_nothing(attend):
     def value_and_gradients():
         query, key_norm, *sources = tensors = inputs(5)
@@ -110,7 +202,7 @@ def test_autocast_changes_nothing(attend):
         assert all(torch.equal(ours, theirs) for ours, theirs in zip(value_and_gradients(), expected))
 
 
-@each_operator
+@each_implementation
 def test_zero_query_gives_the_plain_sum(attend):
     """What makes a retrofit exact: weights of 1, whatever the number of sources, the norm and its eps."""
     for num_sources in range(1, 200):
@@ -121,7 +213,7 @@ def test_zero_query_gives_the_plain_sum(attend):
     torch.testing.assert_close(output, sum(sources), rtol=2e-7, atol=0)
 
 
-@each_operator
+@each_implementation
 def test_zero_query_gets_its_full_gradient(attend):
     query, key_norm, *sources = inputs(3)
     query = torch.zeros_like(query, requires_grad=True)
@@ -131,154 +223,104 @@ def test_zero_query_gets_its_full_gradient(attend):
     assert key_norm.grad.abs().max() == 0
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_gradients_of_half_precision_are_rounded_once_at_the_end(dtype):
-    tensors = inputs(4, dtype, seed=3)
-    exact_tensors = [tensor.detach().double().requires_grad_() for tensor in tensors]
-    streaming_depth_attention(tensors[0], tensors[1], tuple(tensors[2:]), "sum", EPS).backward(
-        torch.ones(2, 5, 16, dtype=dtype)
-    )
-    formula(*exact_tensors, scale="sum").sum().backward()
-    for tensor, exact in zip(tensors, exact_tensors):
-        assert tensor.grad.dtype == dtype
-        tolerance = torch.finfo(dtype).eps / 2 * exact.grad.abs() + 1e-4 * exact.grad.abs().max()
-        assert ((tensor.grad.double() - exact.grad).abs() <= tolerance).all()
-
-
 def test_streaming_keeps_no_copy_of_the_sources():
     query, key_norm, *sources = inputs(6, shape=(4, 32, 64))
     kept = {}
     with saved_tensors_hooks(lambda tensor: kept.setdefault(tensor.data_ptr(), tensor), lambda tensor: tensor):
-        streaming_depth_attention(query, key_norm, tuple(sources), "sum", EPS)
+        ATTN_RES_IMPLEMENTATIONS["streaming"](query, key_norm, tuple(sources), "sum", EPS)
     own = {tensor.data_ptr() for tensor in (query, key_norm, *sources)}
     # Two numbers for each token and source
     assert sum(tensor.numel() for pointer, tensor in kept.items() if pointer not in own) == 2 * 6 * 4 * 32
 
 
-def test_streaming_is_differentiable_once():
-    query, key_norm, *sources = inputs(3)
-    output = streaming_depth_attention(query, key_norm, tuple(sources), "sum", EPS)
-    (gradient,) = torch.autograd.grad(output.square().sum(), query, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        gradient.sum().backward()
-
-
-def formula_as_operator(query, key_norm, sources, scale, eps):
-    return formula(query, key_norm, *sources, scale=scale)
-
-
-def test_streaming_takes_functional_gradients():
-    tensors = [tensor.detach() for tensor in inputs(3)]
-
-    def loss(attend, *tensors):
-        return attend(tensors[0], tensors[1], tensors[2:], "mean", EPS).square().sum()
-
-    ours = torch.func.grad(loss, argnums=1)(streaming_depth_attention, *tensors)
-    expected = torch.func.grad(loss, argnums=1)(formula_as_operator, *tensors)
-    assert (ours - expected).abs().max() < 1e-5 * expected.abs().max()
-
-
-@pytest.mark.parametrize("scale", ["sum", "mean"])
-@pytest.mark.parametrize("shape", [(1, 1, 64), (2, 700, 64)], ids=["few tokens", "many tokens"])
-def test_the_module_computes_the_formula_for_few_and_for_many_tokens(shape, scale):
-    query, key_norm, *sources = inputs(3, shape=shape)
-    module = DepthAttention(AttnResConfig(hidden_size=64, attn_res_scale=scale))
+@both_scales
+@pytest.mark.parametrize("tokens", [1, 700], ids=["few tokens", "many tokens"])
+def test_the_module_computes_the_formula_at_its_temperature(tokens, scale):
+    query, key_norm, *sources = inputs(3, torch.bfloat16, shape=(2, tokens, 64))
+    module = DepthAttention(AttnResConfig(hidden_size=64, attn_res_scale=scale, attn_res_temperature=3.0))
     module.load_state_dict({"query": query, "key_norm": key_norm})
-    expected = formula(query, key_norm, *sources, scale=scale)
-    output = module(*sources)
-    assert (output - expected).abs().max() < 2e-6 * expected.abs().max()
-    # A prefill and a training step go from source to source, a decoding step makes the fewest calls
-    assert ("StreamingDepthAttention" in str(output.grad_fn.next_functions)) == (shape[1] == 700)
+    expected = formula(query / 3, key_norm, *sources, scale=scale)
+    torch.testing.assert_close(module(*sources).double(), expected, rtol=2**-8, atol=2e-6 * expected.abs().max().item())
+
+
+def test_the_modules_weights_are_those_of_its_output():
+    query, key_norm, *sources = inputs(3, torch.bfloat16, shape=(2, 7, 64))
+    module = DepthAttention(AttnResConfig(hidden_size=64, attn_res_scale="mean", attn_res_temperature=3.0))
+    module.load_state_dict({"query": query, "key_norm": key_norm})
+    weights = module.attention_weights(*sources)
+    assert weights.shape == (2, 7, 3) and weights.dtype == torch.float32
+    output = torch.einsum("bts,sbth->bth", weights.double(), torch.stack(sources).double())
+    expected = formula(query / 3, key_norm, *sources, scale="mean")
+    torch.testing.assert_close(output, expected, rtol=0, atol=2e-6 * expected.abs().max().item())
 
 
 @pytest.mark.parametrize("gradients", [torch.enable_grad, torch.no_grad, torch.inference_mode])
-@each_operator
+@each_implementation
 def test_compiles_for_any_number_of_tokens(attend, gradients):
-    """As vLLM compiles, once for all: without gradients, the number of tokens a symbol."""
+    """As vLLM compiles, once for all: without gradients, the number of tokens a symbol. And a training step."""
     compiled = torch.compile(attend, fullgraph=True, dynamic=True, backend="aot_eager")
     for length in (5, 9):
-        query, key_norm, *sources = inputs(3, shape=(1, length, 16))
-        with gradients():
+        query, key_norm, *sources = tensors = inputs(3, torch.bfloat16, shape=(1, length, 16))
+        with gradients(), torch.autocast("cpu", torch.bfloat16):
             output = compiled(query, key_norm, tuple(sources), "sum", EPS)
-        expected = formula(query, key_norm, *sources, scale="sum")
-        torch.testing.assert_close(output.double(), expected, rtol=1e-5, atol=1e-4)
-
-
-@pytest.fixture
-def fla_is_imported_anew():
-    fused_kernel.cache_clear()
-    yield
-    fused_kernel.cache_clear()
-
-
-@pytest.mark.parametrize("scale", ["sum", "mean"])
-def test_fused_asks_fla_for_the_same(scale, fla_is_imported_anew, monkeypatch):
-    """The kernel runs on CUDA only; fla's own reference takes the same arguments and stands in for it."""
-    monkeypatch.setattr(fla.ops.attnres, "fused_attnres", naive_attnres)
-    query, key_norm, *sources = inputs(3)
-    output = fused_depth_attention(query, key_norm, tuple(sources), scale, EPS)
-    torch.testing.assert_close(
-        output, formula(query, key_norm, *sources, scale=scale), rtol=1e-5, atol=1e-5, check_dtype=False
-    )
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="fla's kernel runs on a CUDA device")
-@pytest.mark.parametrize("scale", ["sum", "mean"])
-def test_fused_on_cuda(scale):
-    tensors = [tensor.detach().cuda().requires_grad_() for tensor in inputs(5, shape=(2, 50, 64))]
-    expected_tensors = [tensor.detach().double().requires_grad_() for tensor in tensors]
-    module = DepthAttention(AttnResConfig(hidden_size=64, attn_res_scale=scale, attn_res_implementation="fused")).cuda()
-    module.query, module.key_norm = (torch.nn.Parameter(tensor) for tensor in tensors[:2])
-    output, expected = module(*tensors[2:]), formula(*expected_tensors, scale=scale)
-    assert (output - expected).abs().max() < 1e-5 * expected.abs().max()
-    output.sum().backward()
-    expected.sum().backward()
-    for tensor, expected_tensor in zip((module.query, module.key_norm, *tensors[2:]), expected_tensors):
-        assert (tensor.grad - expected_tensor.grad).abs().max() < 1e-4 * expected_tensor.grad.abs().max()
+        expected = formula(*tensors, scale="sum")
+        torch.testing.assert_close(output.double(), expected, rtol=2**-8, atol=2e-6 * expected.abs().max().item())
+        if output.requires_grad:
+            assert_gradients_are_the_formulas(output, tensors, "sum")
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch compiles by a C++ compiler")
-@pytest.mark.parametrize("scale", ["sum", "mean"])
-def test_fused_on_a_cpu(scale, monkeypatch):
-    """By torch's compiler; for more numbers of sources than it takes by itself, and for another number of tokens."""
-    monkeypatch.setattr(sys.modules[DepthAttention.__module__], "STREAMING_SIZE", 0)
-    module = DepthAttention(AttnResConfig(hidden_size=64, attn_res_scale=scale, attn_res_implementation="fused"))
-    counts = [*((count, 8) for count in range(2, 11)), (3, 9)]
+def test_compiled_computes_the_formula():
+    """For more numbers of sources than torch compiles by itself, and for another number of tokens."""
+    module = DepthAttention(AttnResConfig(hidden_size=64, attn_res_implementation="compiled"))
     torch._dynamo.reset()
+    counts = [*((count, 8) for count in range(2, 11)), (3, 9)]
     for count, tokens in counts:
-        tensors = inputs(count, shape=(2, tokens, 64))
-        expected_tensors = [tensor.detach().double().requires_grad_() for tensor in tensors]
-        module.query, module.key_norm = (torch.nn.Parameter(tensor.detach()) for tensor in tensors[:2])
-        output, expected = module(*tensors[2:]), formula(*expected_tensors, scale=scale)
+        query, key_norm, *sources = tensors = inputs(count, shape=(2, tokens, 64))
+        module.query, module.key_norm = torch.nn.Parameter(query.detach()), torch.nn.Parameter(key_norm.detach())
+        output, expected = module(*sources), formula(*tensors, scale="sum")
         assert (output - expected).abs().max() < 1e-5 * expected.abs().max()
-        output.sum().backward()
-        expected.sum().backward()
-        for tensor, expected_tensor in zip((module.query, module.key_norm, *tensors[2:]), expected_tensors):
-            assert (tensor.grad - expected_tensor.grad).abs().max() < 1e-4 * expected_tensor.grad.abs().max()
+        assert_gradients_are_the_formulas(output, [module.query, module.key_norm, *sources], "sum", tolerance=1e-4)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= len(counts), "each of them is compiled"
-    half = [tensor.detach() for tensor in inputs(4, torch.bfloat16, shape=(2, 8, 64))[2:]]
-    expected = formula(module.query.detach(), module.key_norm.detach(), *half, scale=scale)
-    torch.testing.assert_close(module(*half), expected.bfloat16(), rtol=2**-7, atol=1e-5)
 
 
-def test_fused_on_a_cpu_without_a_compiler_says_what_is_missing(tmp_path):
+def test_compiled_without_a_compiler_says_what_is_missing(tmp_path):
     code = """
 import torch
-from modeling_attnres.fused_depth_attention import compiled_depth_attention
+from modeling_attnres.depth_attention import compiled_depth_attention
 compiled_depth_attention(torch.zeros(8), torch.ones(8), [torch.ones(2, 8), torch.ones(2, 8)], "sum", 1e-6)
 """
     environment = {**os.environ, "PATH": str(tmp_path), "CXX": "none", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
     message = process.stderr.splitlines()[-1]
-    assert message.startswith("ImportError: `attn_res_implementation` is 'fused'") and "choose 'eager'" in message
+    assert message.startswith("ImportError: `attn_res_implementation` is 'compiled'") and "choose 'auto'" in message
 
 
-def test_fused_without_fla_says_what_is_missing(fla_is_imported_anew, monkeypatch):
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="fla's kernel runs on a CUDA device")
+@both_scales
+def test_fla_on_cuda(scale):
+    tensors = [tensor.detach().cuda().requires_grad_() for tensor in inputs(5, shape=(2, 50, 64))]
+    output = ATTN_RES_IMPLEMENTATIONS["fla"](tensors[0], tensors[1], tuple(tensors[2:]), scale, EPS)
+    expected = formula(*tensors, scale=scale)
+    assert (output - expected).abs().max() < 1e-5 * expected.abs().max()
+    assert_gradients_are_the_formulas(output, tensors, scale, tolerance=1e-4)
+
+
+def test_fla_on_a_cpu_says_what_to_do():
     query, key_norm, *sources = inputs(2)
-    monkeypatch.setitem(sys.modules, "fla.ops.attnres", None)  # as in an fla older than 0.6
-    with pytest.raises(
-        ImportError, match="`attn_res_implementation` is 'fused'.*pip install -U flash-linear-attention"
-    ):
-        fused_depth_attention(query, key_norm, tuple(sources), "sum", EPS)
-    on_cuda = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16, numel=lambda: 64)
-    assert choose_implementation("auto", on_cuda) is depth_attention
+    with pytest.raises(ValueError, match="`attn_res_implementation` is 'fla'.*torch.float32 on cpu: choose 'auto'"):
+        ATTN_RES_IMPLEMENTATIONS["fla"](query, key_norm, tuple(sources), "sum", EPS)
+
+
+def test_fla_without_the_package_says_what_is_missing():
+    code = """
+import sys
+sys.modules["fla.ops.attnres"] = None  # as in an fla older than 0.6
+import torch
+from modeling_attnres.depth_attention import fla_depth_attention
+fla_depth_attention(torch.zeros(8), torch.ones(8), [torch.ones(2, 8)], "sum", 1e-6)
+"""
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    message = process.stderr.splitlines()[-1]
+    assert message.startswith("ImportError: `attn_res_implementation` is 'fla'")
+    assert "pip install -U flash-linear-attention" in message

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from modeling_attnres import AttnResConfig, AttnResForCausalLM, DepthAttention
-from modeling_attnres.streaming_depth_attention import streaming_depth_attention
+from modeling_attnres.depth_attention import ATTN_RES_IMPLEMENTATIONS, streaming_depth_attention
 
 
 SIZES = {
@@ -208,7 +208,7 @@ def main():
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--gradient-checkpointing", action="store_true")
-    parser.add_argument("--implementation", choices=["auto", "eager", "fused"], default="auto", help="of AttnRes")
+    parser.add_argument("--implementation", choices=ATTN_RES_IMPLEMENTATIONS, default="auto", help="of AttnRes")
     parser.add_argument("--compile", action="store_true", help="compile the forward passes")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--output", type=Path, help="JSON file for the figures")
