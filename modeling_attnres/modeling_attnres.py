@@ -230,7 +230,13 @@ class OverBase:
     def over(cls, base_class: type) -> type:
         with OverBase._lock:
             if (cls, base_class) not in OverBase._classes:
-                OverBase._classes[cls, base_class] = cls._make_class(base_class)
+                try:
+                    OverBase._classes[cls, base_class] = cls._make_class(base_class)
+                except (AttributeError, TypeError) as error:
+                    raise RuntimeError(
+                        f"modeling_attnres does not work with transformers {transformers.__version__}: {error}. Install "
+                        "transformers 5.24, or a newer modeling_attnres."
+                    ) from error
             return OverBase._classes[cls, base_class]
 
     @classmethod
@@ -262,7 +268,7 @@ class AttnResDecoderLayer(OverBase, GradientCheckpointingLayer):
         forward = inspect.unwrap(base_class.forward)
         names = list(inspect.signature(forward).parameters)
         if len(names) < 2 or names[0] != "self" or names[1] in ("args", "kwargs"):
-            raise contract_error(f"`{base_class.__name__}.forward` starts with {names[:2]}, not with the hidden states")
+            raise TypeError(f"`{base_class.__name__}.forward` starts with {names[:2]}, not with the hidden states")
         return super()._make_class(base_class, base_forward=staticmethod(forward), argument_names=names[2:])
 
     def add_depth_attention(self, config: AttnResConfig, layer_idx: int) -> None:
@@ -410,13 +416,6 @@ def without_wildcards(entry):
     """Transformers uses the target `.mlp.` as a regular expression too, which must not match `.mlp_res.`."""
     is_renaming = isinstance(entry, WeightRenaming) and entry.target_patterns == [".mlp."]
     return WeightRenaming(entry.source_patterns[0], r"\.mlp\.") if is_renaming else entry
-
-
-def contract_error(message: str) -> RuntimeError:
-    return RuntimeError(
-        f"modeling_attnres does not work with transformers {transformers.__version__}: {message}. Install a version "
-        "between 5.16 and 5.24, or a newer modeling_attnres."
-    )
 
 
 class AttnResForCausalLM(AttnResOverBase, GenerationMixin):

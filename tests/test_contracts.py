@@ -1,0 +1,78 @@
+"""The code in a checkpoint meets releases of transformers that are newer than itself: it works or raises."""
+
+import inspect
+import re
+import sys
+import types
+
+import pytest
+import torch
+import transformers
+from conftest import attnres_of, tiny_base
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING, LlamaConfig
+from transformers.models.llama import modeling_llama
+
+from modeling_attnres import modeling_attnres
+from modeling_attnres.modeling_attnres import AttnResDecoderLayer, AttnResModel
+
+
+def llama_of_another_release(monkeypatch, *edits):
+    """transformers' Llama with its source edited, as the base of the tests."""
+    source = inspect.getsource(modeling_llama)
+    for pattern, replacement in edits:
+        source, count = re.subn(pattern, replacement, source, flags=re.S)
+        assert count > 0, pattern
+    module = types.ModuleType("transformers.models.llama.another_release")
+    module.__package__, module.__file__ = "transformers.models.llama", modeling_llama.__file__
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    exec(compile(source, modeling_llama.__file__, "exec"), vars(module))
+    monkeypatch.setitem(MODEL_MAPPING._extra_content, LlamaConfig, module.LlamaModel)
+    monkeypatch.setitem(MODEL_FOR_CAUSAL_LM_MAPPING._extra_content, LlamaConfig, module.LlamaForCausalLM)
+    return module
+
+
+def test_an_argument_of_the_layers_may_be_renamed(tokens, monkeypatch):
+    """transformers 5.24 renamed the cache's argument. Older code of ours then generated wrong tokens without an error."""
+    expected = tiny_base("llama").generate(**tokens, max_new_tokens=8, do_sample=False)
+    name = "cache" if "cache" in inspect.signature(modeling_llama.LlamaModel.forward).parameters else "past_key_values"
+    rename = lambda match: re.sub(rf"\b{name}\b", "renamed", match.group())  # noqa: E731
+    llama_of_another_release(
+        monkeypatch,
+        (r" *@deprecate_kwarg\([^)]*\)\n", ""),
+        (r"class LlamaAttention.*?\n@auto_docstring", rename),
+        (
+            rf"\b{name}={name},(\n\s+(?:use_cache|\*\*kwargs))(?=[^)]*\)\n\n?\s+hidden_states = self.norm)",
+            rf"renamed={name},\1",
+        ),
+    )
+    model = attnres_of(tiny_base("llama"), attn_res_block_size=2)
+    assert "another_release" in type(model).__bases__[1].__module__
+    assert torch.equal(model.generate(**tokens, max_new_tokens=8, do_sample=False), expected)
+
+
+def test_a_layer_with_hidden_arguments_is_refused(monkeypatch):
+    module = llama_of_another_release(monkeypatch)
+    forward = module.LlamaDecoderLayer.forward
+    module.LlamaDecoderLayer.forward = lambda *args, **kwargs: forward(*args, **kwargs)
+    with pytest.raises(RuntimeError, match=f"transformers {transformers.__version__}.*LlamaDecoderLayer.forward"):
+        AttnResDecoderLayer.over(module.LlamaDecoderLayer)
+
+
+def test_a_layer_that_normalizes_the_stream_in_place_is_refused(monkeypatch):
+    llama_of_another_release(monkeypatch, (r"residual = hidden_states\n", "residual = hidden_states.float()\n"))
+    with pytest.raises(ValueError, match="base_model_type.*'llama'.*LlamaDecoderLayer.*no `float`"):
+        attnres_of(tiny_base("llama"))
+
+
+@pytest.mark.parametrize("name", ["OutputRecorder", "register_checkpoint_conversion_mapping"])
+def test_a_changed_interface_is_named(name, monkeypatch):
+    module = llama_of_another_release(monkeypatch)
+    module.LlamaModel.config_class.model_type = "llama"
+    monkeypatch.setattr(modeling_attnres, "get_checkpoint_conversion_mapping", lambda model_type: [])
+
+    def changed():
+        pass
+
+    monkeypatch.setattr(modeling_attnres, name, changed)
+    with pytest.raises(RuntimeError, match=f"transformers {transformers.__version__}.*changed"):
+        AttnResModel.over(module.LlamaModel)
