@@ -234,8 +234,8 @@ class OverBase:
                     OverBase._classes[cls, base_class] = cls._make_class(base_class)
                 except (AttributeError, TypeError) as error:
                     raise RuntimeError(
-                        f"modeling_attnres does not work with transformers {transformers.__version__}: {error}. Install "
-                        "transformers 5.24, or a newer modeling_attnres."
+                        f"modeling_attnres does not work with transformers {transformers.__version__}: {error}. "
+                        "Install transformers 5.24, or a newer modeling_attnres."
                     ) from error
             return OverBase._classes[cls, base_class]
 
