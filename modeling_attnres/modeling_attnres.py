@@ -284,9 +284,11 @@ class AttnResDecoderLayer(OverBase, GradientCheckpointingLayer):
         self.is_block_boundary = layer_idx % config.attn_res_block_size == 0
         # The first read of the model has a single source, the embedding
         self.read_names = READ_NAMES[layer_idx == 0 : num_reads]
+        device = next(self.parameters()).device
         for name in self.read_names:
-            setattr(self, name, DepthAttention(config))
-        self.output_res = DepthAttention(config) if layer_idx == config.num_hidden_layers - 1 else None
+            setattr(self, name, DepthAttention(config).to(device))
+        is_last = layer_idx == config.num_hidden_layers - 1
+        self.output_res = DepthAttention(config).to(device) if is_last else None
 
     def __call__(self, hidden_states: torch.Tensor | ResidualStream, *args, **kwargs):
         is_stream = isinstance(hidden_states, ResidualStream)
@@ -436,6 +438,29 @@ class AttnResForCausalLM(AttnResOverBase, GenerationMixin):
         name, decoder = next(child for child in self.named_children() if isinstance(child[1], PreTrainedModel))
         setattr(self, name, AttnResModel(config, decoder))
         self.post_init()
+
+    @classmethod
+    def from_base(cls, base: PreTrainedModel, **attn_res) -> "AttnResForCausalLM":
+        r"""
+        Makes an AttnRes model of a loaded base. Its weights are shared, not copied, and the base is not usable
+        afterwards.
+
+        Args:
+            base ([`PreTrainedModel`]): a causal language model.
+            attn_res: the `attn_res_*` fields of [`AttnResConfig`] that differ from their defaults.
+
+        Raises:
+            `ValueError`: the base is no causal language model, or not supported.
+        """
+        base_config, config = base.config, AttnResConfig.from_base_config(base.config, **attn_res)
+        if type(base) is not MODEL_FOR_CAUSAL_LM_MAPPING.get(type(base_config), None):
+            raise ValueError(f"`base` is a {type(base).__name__}, but must be a causal language model of transformers.")
+        for module in base.modules():
+            if getattr(module, "config", None) is base_config:
+                module.config = config
+            # The weights are loaded, and must not be initialized again
+            module._is_hf_initialized = True
+        return cls(config, base).train(base.training)
 
 
 # Trainer's label smoothing and `transformers serve` recognize causal language models by class name

@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from modeling_attnres import AttnResConfig, AttnResForCausalLM, AttnResModel, DepthAttention
+from modeling_attnres.conversion import retrofit
 
 
 BLOCK, FULL = {"attn_res_block_size": 2}, {"attn_res_type": "full"}
@@ -69,6 +70,29 @@ def test_a_base_folder_alone_says_what_base_it_is(family, tmp_path, tokens):
     model = AttnResForCausalLM.from_pretrained(tmp_path)
     assert model.config.base_model_type == family
     torch.testing.assert_close(model(**tokens).logits, base(**tokens).logits, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral", "gemma2"])
+@torch.no_grad()
+def test_a_loaded_base_becomes_an_attnres_model_with_the_same_weights(family, tmp_path, tokens):
+    tiny_base(family).save_pretrained(tmp_path / "base")
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    weight, logits = base.get_input_embeddings().weight, expected(**tokens).logits
+    model = AttnResForCausalLM.from_base(base, attn_res_block_size=2)
+    assert model.get_input_embeddings().weight is weight and not model.training
+    torch.testing.assert_close(model(**tokens).logits, logits, rtol=0, atol=1e-5)
+    model.set_attn_implementation("eager")
+    assert model.model.layers[0].self_attn.config._attn_implementation == "eager"
+
+    model.save_pretrained(tmp_path / "attnres")
+    retrofit(tmp_path / "base", tmp_path / "retrofit", attn_res_block_size=2, attn_res_temperature=1.0)
+    ours, theirs = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("attnres", "retrofit"))
+    assert ours.config.to_dict().items() >= {"base_model_type": family, "attn_res_block_size": 2}.items()
+    for (name, tensor), (other_name, other) in zip(ours.state_dict().items(), theirs.state_dict().items()):
+        assert name == other_name and torch.equal(tensor, other), name
+    with pytest.raises(ValueError, match="LlamaModel.*causal language model"):
+        AttnResForCausalLM.from_base(tiny_base("llama").model)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
