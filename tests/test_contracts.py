@@ -32,7 +32,7 @@ def llama_of_another_release(monkeypatch, *edits):
 
 
 def test_an_argument_of_the_layers_may_be_renamed(tokens, monkeypatch):
-    """transformers 5.24 renamed the cache's argument. Older code of ours then generated wrong tokens without an error."""
+    """transformers 5.24 renamed the cache's argument. Earlier versions of our code generated wrong tokens then."""
     expected = tiny_base("llama").generate(**tokens, max_new_tokens=8, do_sample=False)
     name = "cache" if "cache" in inspect.signature(modeling_llama.LlamaModel.forward).parameters else "past_key_values"
     rename = lambda match: re.sub(rf"\b{name}\b", "renamed", match.group())  # noqa: E731
