@@ -66,7 +66,7 @@ FAMILIES = {
 }
 # Without a row of their own: a small configuration follows from `OTHER_FIELDS`
 OTHERS = """
-afmoe apertus arcee aria_text biogpt bitnet cohere2 cohere2_moe cwm diffllama ernie4_5_moe exaone exaone4 exaone_moe
+afmoe apertus arcee aria_text biogpt cohere2 cohere2_moe cwm diffllama ernie4_5_moe exaone exaone4 exaone_moe
 falcon flex_olmo flint gemma gemma3_text gemma4_text glm glm4 gpt2 gpt_bigcode gpt_neox granite_swa granitemoe_swa
 granitemoeshared hunyuan_v1_dense hunyuan_v1_moe hy_v3 hyperclovax inkling_text internlm3 iquestcoder jais2 jetmoe
 kolibri1 laguna lfm2 lfm3 llama4_text mellum mimo_v2_flash minimax_m2 minimax_m3_vl_text ministral ministral3

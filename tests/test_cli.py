@@ -54,7 +54,7 @@ def test_exits_with_1_and_one_line_where_something_is_wrong(tmp_path):
     for arguments, message in [
         (("retrofit", tmp_path / "nothing", tmp_path / "out"), "neither a local folder nor a Hub id"),
         (("retrofit", base, tmp_path / "taken"), "exists already and is not an empty folder"),
-        (("retrofit", base, tmp_path / "out", "--block-size", 9), "Error: `attn_res_block_size` is 9"),
+        (("retrofit", base, tmp_path / "out", "--block-size", 0), "Error: `attn_res_block_size` is 0"),
         (("verify", base, base), "is not an AttnRes checkpoint"),
         (("revert", base, tmp_path / "out"), "is not an AttnRes checkpoint"),
     ]:
