@@ -532,10 +532,9 @@ HOSTILE_ATTNRES = {
         "'DepthAttention', which is no AttnRes model",
     ),
     "architectures: a private name": (config(architectures=["__loader__"]), "which is no AttnRes model"),
-    "an unsupported base": (config(base_model_type="gemma2"), "is not a valid configuration"),
+    "an unsupported base": (config(base_model_type="bloom"), "not the residual stream"),
     "base_model_type of a wrong type": (config(base_model_type=["llama"]), "is not a valid configuration"),
     "endless layers": (config(num_hidden_layers=10**12), "`num_hidden_layers`"),
-    "endless blocks": (config(attn_res_block_size=10**12), "`attn_res_block_size`"),
     "the base's index: no weight_map": (base_index("{}"), "has no `weight_map`"),
     "the base's index: not JSON": (base_index("{"), "is not valid JSON"),
     "the base's index: names outside": (
