@@ -160,7 +160,7 @@ def test_offloaded(where, checkpoint, tmp_path):
             cpu_offload(offloaded, execution_device="cpu")
         else:
             disk_offload(offloaded, tmp_path, execution_device="cpu")
-        assert offloaded.model.output_res.query.device.type == "meta"
+        assert offloaded.model.layers[-1].output_res.query.device.type == "meta"
         assert torch.equal(offloaded(rows()).logits, expected)
 
 

@@ -161,7 +161,7 @@ import modeling_attnres
 folder, logits, *names = sys.argv[1:]
 model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 with torch.no_grad():
-    model.model.output_res.query += 0.1
+    model.model.layers[-1].output_res.query += 0.1
 for name in names:
     model.push_to_hub(name, private=True)
 torch.save(model(torch.arange(1, 15)[None]).logits.detach(), logits)
