@@ -194,6 +194,9 @@ class AttnResConfig(PreTrainedConfig):
         defaults = type(view)().to_dict()
         diff.update({name: value for name, value in view.to_dict().items() if value != defaults.get(name, value)})
         diff.pop("_name_or_path", None)
+        # The class of a decoder is named after its base, but AUTO_MAP names one for all
+        if any(name.startswith("AttnRes") and name.endswith("Model") for name in diff.get("architectures") or ()):
+            diff["architectures"] = ["AttnResModel"]
         return {**diff, **self._own_items(), "auto_map": {**(diff.get("auto_map") or {}), **AUTO_MAP}}
 
     def _own_items(self) -> dict[str, Any]:
