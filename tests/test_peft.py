@@ -69,7 +69,7 @@ def test_an_adapter_is_trained_saved_loaded_merged_and_taken_off(adapter, base, 
     with torch.no_grad(), loaded.disable_adapter():
         torch.testing.assert_close(logits(loaded, tokens), logits(base, tokens), rtol=0, atol=1e-5)
     merged = loaded.merge_and_unload()
-    assert type(merged) is AttnResForCausalLM
+    assert isinstance(merged, AttnResForCausalLM)
     torch.testing.assert_close(logits(merged, tokens), trained, rtol=0, atol=1e-5)
     merged.save_pretrained(tmp_path / "merged")
     again = AttnResForCausalLM.from_pretrained(tmp_path / "merged")
