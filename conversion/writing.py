@@ -67,7 +67,8 @@ def new_folder(output: Path, source: Path) -> Iterator[Path]:
 def place_files(pairs: Iterable[tuple[Path, Path]], link: bool = False) -> None:
     """Copies, or hard-links, each first path to the second. A long copy shows its progress."""
     pairs = list(pairs)
-    buffer = memoryview(bytearray(0 if link else 16 * 2**20))
+    # Larger ones do not stay in the processor's cache, and 16 MB took five times as long
+    buffer = memoryview(bytearray(2**20))
     size = 0 if link else sum(source.stat().st_size for source, _ in pairs)
     with tqdm(total=size, desc="Copying", unit="B", unit_scale=True, delay=1, disable=link) as progress:
         for source, target in pairs:
