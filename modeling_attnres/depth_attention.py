@@ -144,7 +144,7 @@ def into_one_buffer(like: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor
 
 
 def is_transformed(*tensors: torch.Tensor) -> bool:
-    """Whether `torch.func` or forward mode is at work, for which an `autograd.Function` of its own is no good."""
+    """Whether `torch.func` or forward mode is active. Neither works with our `autograd.Function`."""
     # PyTorch has no public name for the first. Without it, `autograd.Function` itself raises under a transform
     transforms_are_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
     return transforms_are_active() or any(unpack_dual(tensor).tangent is not None for tensor in tensors)

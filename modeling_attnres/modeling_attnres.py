@@ -450,7 +450,7 @@ class AttnResForCausalLM(AttnResOverBase, GenerationMixin):
             attn_res: the `attn_res_*` fields of [`AttnResConfig`] that differ from their defaults.
 
         Raises:
-            `ValueError`: the base is no causal language model, or not supported.
+            `ValueError`: the base is not a causal language model, or is not supported.
         """
         base_config, config = base.config, AttnResConfig.from_base_config(base.config, **attn_res)
         if type(base) is not MODEL_FOR_CAUSAL_LM_MAPPING.get(type(base_config), None):
