@@ -138,7 +138,7 @@ def test_from_scratch_and_with_tensorboard(real_text, tmp_path):
     arguments = ("--files", *files, "--steps", 4, "--save-steps", 2, "--report-to", "tensorboard")
     result = run("continue_training.py", tmp_path / "scratch", tmp_path / "trained", *arguments).splitlines()[-1]
     events = b"".join(path.read_bytes() for path in (tmp_path / "trained" / "runs").rglob("events.out.tfevents.*"))
-    assert b"train/loss" in events and b"train/depth_attention_entropy/layer_1_MLP" in events
+    assert b"train/loss" in events and b"train/depth_attention_1-entropy/layer_1_MLP" in events
 
     # As if it had been killed while it wrote the last checkpoint
     weights = (tmp_path / "trained" / "model.safetensors").read_bytes()
