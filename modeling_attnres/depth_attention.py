@@ -9,21 +9,27 @@ from torch import nn
 from torch.autograd.forward_ad import unpack_dual
 
 
+def stacked(query: torch.Tensor, key_norm: torch.Tensor, sources: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """Query, key norm and the sources as one tensor, all in float32, or in float64 for such sources."""
+    dtype = torch.promote_types(sources[0].dtype, torch.float32)
+    tensors = query, key_norm, torch.stack(sources)
+    # In a decoding step every call counts, even one without effect
+    return tuple(tensor if tensor.dtype == dtype else tensor.to(dtype) for tensor in tensors)
+
+
 def depth_attention_weights(
     query: torch.Tensor, key_norm: torch.Tensor, values: torch.Tensor, eps: float
 ) -> torch.Tensor:
     r"""
-    The weights `α = softmaxᵢ(q · RMSNorm(vᵢ))` of [`depth_attention`].
+    The weights `α = softmaxᵢ(q · RMSNorm(vᵢ))` of [`depth_attention`], for its [`stacked`] inputs.
 
     Args:
         query, key_norm, eps: as for [`depth_attention`].
-        values (`torch.Tensor` of shape `(sources, ..., hidden_size)`): the sources `vᵢ` in one tensor.
+        values (`torch.Tensor` of shape `(sources, ..., hidden_size)`): the sources `vᵢ`, in the dtype of the query.
 
     Returns:
-        `torch.Tensor` of shape `(sources, ...)`, in float32, or in float64 for such sources.
+        `torch.Tensor` of shape `(sources, ...)`.
     """
-    dtype = torch.promote_types(values.dtype, torch.float32)
-    query, key_norm, values = query.to(dtype), key_norm.to(dtype), values.to(dtype)
     # `q · RMSNorm(v)` with the norm's weight multiplied into the query and its factor taken out of the product. This is
     # no matrix product, because autocast would compute that in half precision
     mean_squares = torch.linalg.vector_norm(values, dim=-1).square() / values.shape[-1]
@@ -48,13 +54,13 @@ def depth_attention(
     Returns:
         `torch.Tensor`: `h`, in the shape and dtype of a source.
     """
-    dtype = sources[0].dtype
-    values = torch.stack(sources).to(torch.promote_types(dtype, torch.float32))
+    query, key_norm, values = stacked(query, key_norm, sources)
     weights = depth_attention_weights(query, key_norm, values, eps)
     if scale == "sum":
         # Before the sum: with a zero query each weight is then 1, and `h` the plain sum
         weights = weights * len(sources)
-    return (weights.unsqueeze(-1) * values).sum(dim=0).to(dtype)
+    output = (weights.unsqueeze(-1) * values).sum(dim=0)
+    return output if output.dtype == sources[0].dtype else output.to(sources[0].dtype)
 
 
 def read_one_by_one(query, key_norm, sources, scale, eps, upcast=lambda source: source) -> tuple[torch.Tensor, ...]:
@@ -270,8 +276,8 @@ class DepthAttention(nn.Module):
 
     def attention_weights(self, *sources: torch.Tensor) -> torch.Tensor:
         """The weights that [`~DepthAttention.forward`] gives to `sources`, `(batch, sequence, sources)`, in float32."""
-        values = torch.stack(sources)
-        return depth_attention_weights(self.tempered_query(), self.key_norm, values, self.eps).movedim(0, -1)
+        inputs = stacked(self.tempered_query(), self.key_norm, sources)
+        return depth_attention_weights(*inputs, self.eps).movedim(0, -1)
 
     def tempered_query(self) -> torch.Tensor:
         if self.temperature == 1.0:
