@@ -32,8 +32,8 @@ def depth_attention_weights(
     """
     # `q · RMSNorm(v)` with the norm's weight multiplied into the query and its factor taken out of the product. This is
     # no matrix product, because autocast would compute that in half precision
-    mean_squares = torch.linalg.vector_norm(values, dim=-1).square() / values.shape[-1]
-    logits = (values * (query * key_norm)).sum(dim=-1) * (mean_squares + eps).rsqrt()
+    inverse_rms = values.square().mean(dim=-1).add_(eps).rsqrt_()
+    logits = (values * (query * key_norm)).sum(dim=-1) * inverse_rms
     return logits.softmax(dim=0)
 
 
@@ -156,9 +156,7 @@ def is_transformed(*tensors: torch.Tensor) -> bool:
     return transforms_are_active() or any(unpack_dual(tensor).tangent is not None for tensor in tensors)
 
 
-def streaming_depth_attention(
-    query: torch.Tensor, key_norm: torch.Tensor, sources: tuple[torch.Tensor, ...], scale: str, eps: float
-) -> torch.Tensor:
+def streaming_depth_attention(query, key_norm, sources, scale, eps) -> torch.Tensor:
     """[`depth_attention`] that reads the sources one after the other: less memory, and faster for many tokens."""
     inputs = query, key_norm, scale, eps, *(source.reshape(-1, source.shape[-1]) for source in sources)
     # A compiler makes a backward pass of its own, as fast as ours
@@ -170,16 +168,14 @@ def streaming_depth_attention(
 @cache
 def compiled_operator() -> Callable:
     try:
-        # One graph for each number of sources; without a limit of our own, torch gives up after eight
+        # One graph for each number of sources. Without a limit of our own, torch gives up after eight
         return torch.compile(streaming_depth_attention, recompile_limit=256)
     except TypeError:  # torch before 2.13
         return torch.compile(streaming_depth_attention)
 
 
-def compiled_depth_attention(
-    query: torch.Tensor, key_norm: torch.Tensor, sources: tuple[torch.Tensor, ...], scale: str, eps: float
-) -> torch.Tensor:
-    """[`depth_attention`] compiled by PyTorch, once for each number of sources. Pays in half precision on a CPU."""
+def compiled_depth_attention(query, key_norm, sources, scale, eps) -> torch.Tensor:
+    """[`depth_attention`] compiled by PyTorch, for many tokens in half precision on a CPU."""
     try:
         return compiled_operator()(query, key_norm, sources, scale, eps)
     except Exception as error:
@@ -200,44 +196,34 @@ def fla_kernel() -> Callable | None:
     return fused_attnres
 
 
-def fla_depth_attention(
-    query: torch.Tensor, key_norm: torch.Tensor, sources: tuple[torch.Tensor, ...], scale: str, eps: float
-) -> torch.Tensor:
+def fla_depth_attention(query, key_norm, sources, scale, eps) -> torch.Tensor:
     """[`depth_attention`] by flash-linear-attention. Its kernel rounds the mean, so half precision rounds twice."""
-    kernel = fla_kernel()
-    if kernel is None:
+    if fla_kernel() is None:
         raise ImportError(
             "`attn_res_implementation` is 'fla', which needs the package flash-linear-attention, 0.6 or newer: "
             "`pip install -U flash-linear-attention`, or choose 'auto'."
         )
-    if not takes_fla_kernel(sources[0]):
+    if not sources[0].is_cuda or sources[0].dtype == torch.float64:
         raise ValueError(
             "`attn_res_implementation` is 'fla', which computes in float32 or half precision on a CUDA device, but the "
             f"hidden states are {sources[0].dtype} on {sources[0].device}: choose 'auto'."
         )
-    output = kernel(query, sources, key_norm, rms_eps=eps)
+    output = fla_kernel()(query, sources, key_norm, rms_eps=eps)
     return output * len(sources) if scale == "sum" else output
-
-
-def takes_fla_kernel(source: torch.Tensor) -> bool:
-    return source.is_cuda and source.dtype != torch.float64
 
 
 # Numbers in a source from which on `streaming` is faster than `eager` (measured on a CPU)
 STREAMING_SIZE = 2**16
 
 
-def auto_depth_attention(
-    query: torch.Tensor, key_norm: torch.Tensor, sources: tuple[torch.Tensor, ...], scale: str, eps: float
-) -> torch.Tensor:
+def auto_depth_attention(query, key_norm, sources, scale, eps) -> torch.Tensor:
     """[`depth_attention`] by the fastest implementation at hand for these sources."""
-    source = sources[0]
-    if takes_fla_kernel(source) and not torch.compiler.is_compiling() and fla_kernel() is not None:
+    source, attend = sources[0], depth_attention
+    takes_kernel = source.is_cuda and source.dtype != torch.float64 and not torch.compiler.is_compiling()
+    if takes_kernel and not is_transformed(query, key_norm, *sources) and fla_kernel() is not None:
         attend = fla_depth_attention
     elif source.numel() > STREAMING_SIZE and not source.is_meta:
         attend = streaming_depth_attention
-    else:
-        attend = depth_attention
     return attend(query, key_norm, sources, scale, eps)
 
 
