@@ -196,6 +196,14 @@ def fla_kernel() -> Callable | None:
     return fused_attnres
 
 
+def refuse_second_derivatives(_: torch.Tensor):
+    if torch.is_grad_enabled():  # the kernel's gradients would be taken for constants
+        raise NotImplementedError(
+            "`attn_res_implementation` is 'fla' (or 'auto' on a CUDA device), whose kernel has first derivatives only: "
+            "choose 'streaming' for `create_graph=True`."
+        )
+
+
 def fla_depth_attention(query, key_norm, sources, scale, eps) -> torch.Tensor:
     """[`depth_attention`] by flash-linear-attention. Its kernel rounds the mean, so half precision rounds twice."""
     if fla_kernel() is None:
@@ -209,6 +217,8 @@ def fla_depth_attention(query, key_norm, sources, scale, eps) -> torch.Tensor:
             f"hidden states are {sources[0].dtype} on {sources[0].device}: choose 'auto'."
         )
     output = fla_kernel()(query, sources, key_norm, rms_eps=eps)
+    if output.requires_grad:
+        output.register_hook(refuse_second_derivatives)
     return output * len(sources) if scale == "sum" else output
 
 
