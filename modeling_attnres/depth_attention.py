@@ -9,25 +9,31 @@ from torch import nn
 from torch.autograd.forward_ad import unpack_dual
 
 
+def stacked(query: torch.Tensor, key_norm: torch.Tensor, sources: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """Query, key norm and the sources as one tensor, all in float32, or in float64 for such sources."""
+    dtype = torch.promote_types(sources[0].dtype, torch.float32)
+    tensors = query, key_norm, torch.stack(sources)
+    # In a decoding step every call counts, even one without effect
+    return tuple(tensor if tensor.dtype == dtype else tensor.to(dtype) for tensor in tensors)
+
+
 def depth_attention_weights(
     query: torch.Tensor, key_norm: torch.Tensor, values: torch.Tensor, eps: float
 ) -> torch.Tensor:
     r"""
-    The weights `α = softmaxᵢ(q · RMSNorm(vᵢ))` of [`depth_attention`].
+    The weights `α = softmaxᵢ(q · RMSNorm(vᵢ))` of [`depth_attention`], for its [`stacked`] inputs.
 
     Args:
         query, key_norm, eps: as for [`depth_attention`].
-        values (`torch.Tensor` of shape `(sources, ..., hidden_size)`): the sources `vᵢ` in one tensor.
+        values (`torch.Tensor` of shape `(sources, ..., hidden_size)`): the sources `vᵢ`, in the dtype of the query.
 
     Returns:
-        `torch.Tensor` of shape `(sources, ...)`, in float32, or in float64 for such sources.
+        `torch.Tensor` of shape `(sources, ...)`.
     """
-    dtype = torch.promote_types(values.dtype, torch.float32)
-    query, key_norm, values = query.to(dtype), key_norm.to(dtype), values.to(dtype)
     # `q · RMSNorm(v)` with the norm's weight multiplied into the query and its factor taken out of the product. This is
     # no matrix product, because autocast would compute that in half precision
-    mean_squares = torch.linalg.vector_norm(values, dim=-1).square() / values.shape[-1]
-    logits = (values * (query * key_norm)).sum(dim=-1) * (mean_squares + eps).rsqrt()
+    inverse_rms = values.square().mean(dim=-1).add_(eps).rsqrt_()
+    logits = (values * (query * key_norm)).sum(dim=-1) * inverse_rms
     return logits.softmax(dim=0)
 
 
@@ -48,13 +54,13 @@ def depth_attention(
     Returns:
         `torch.Tensor`: `h`, in the shape and dtype of a source.
     """
-    dtype = sources[0].dtype
-    values = torch.stack(sources).to(torch.promote_types(dtype, torch.float32))
+    query, key_norm, values = stacked(query, key_norm, sources)
     weights = depth_attention_weights(query, key_norm, values, eps)
     if scale == "sum":
         # Before the sum: with a zero query each weight is then 1, and `h` the plain sum
         weights = weights * len(sources)
-    return (weights.unsqueeze(-1) * values).sum(dim=0).to(dtype)
+    output = (weights.unsqueeze(-1) * values).sum(dim=0)
+    return output if output.dtype == sources[0].dtype else output.to(sources[0].dtype)
 
 
 def read_one_by_one(query, key_norm, sources, scale, eps, upcast=lambda source: source) -> tuple[torch.Tensor, ...]:
@@ -150,9 +156,7 @@ def is_transformed(*tensors: torch.Tensor) -> bool:
     return transforms_are_active() or any(unpack_dual(tensor).tangent is not None for tensor in tensors)
 
 
-def streaming_depth_attention(
-    query: torch.Tensor, key_norm: torch.Tensor, sources: tuple[torch.Tensor, ...], scale: str, eps: float
-) -> torch.Tensor:
+def streaming_depth_attention(query, key_norm, sources, scale, eps) -> torch.Tensor:
     """[`depth_attention`] that reads the sources one after the other: less memory, and faster for many tokens."""
     inputs = query, key_norm, scale, eps, *(source.reshape(-1, source.shape[-1]) for source in sources)
     # A compiler makes a backward pass of its own, as fast as ours
@@ -164,16 +168,14 @@ def streaming_depth_attention(
 @cache
 def compiled_operator() -> Callable:
     try:
-        # One graph for each number of sources; without a limit of our own, torch gives up after eight
+        # One graph for each number of sources. Without a limit of our own, torch gives up after eight
         return torch.compile(streaming_depth_attention, recompile_limit=256)
     except TypeError:  # torch before 2.13
         return torch.compile(streaming_depth_attention)
 
 
-def compiled_depth_attention(
-    query: torch.Tensor, key_norm: torch.Tensor, sources: tuple[torch.Tensor, ...], scale: str, eps: float
-) -> torch.Tensor:
-    """[`depth_attention`] compiled by PyTorch, once for each number of sources. Pays in half precision on a CPU."""
+def compiled_depth_attention(query, key_norm, sources, scale, eps) -> torch.Tensor:
+    """[`depth_attention`] compiled by PyTorch, for many tokens in half precision on a CPU."""
     try:
         return compiled_operator()(query, key_norm, sources, scale, eps)
     except Exception as error:
@@ -194,44 +196,44 @@ def fla_kernel() -> Callable | None:
     return fused_attnres
 
 
-def fla_depth_attention(
-    query: torch.Tensor, key_norm: torch.Tensor, sources: tuple[torch.Tensor, ...], scale: str, eps: float
-) -> torch.Tensor:
+def refuse_second_derivatives(_: torch.Tensor):
+    if torch.is_grad_enabled():  # the kernel's gradients would be taken for constants
+        raise NotImplementedError(
+            "`attn_res_implementation` is 'fla' (or 'auto' on a CUDA device), whose kernel has first derivatives only: "
+            "choose 'streaming' for `create_graph=True`."
+        )
+
+
+def fla_depth_attention(query, key_norm, sources, scale, eps) -> torch.Tensor:
     """[`depth_attention`] by flash-linear-attention. Its kernel rounds the mean, so half precision rounds twice."""
-    kernel = fla_kernel()
-    if kernel is None:
+    if fla_kernel() is None:
         raise ImportError(
             "`attn_res_implementation` is 'fla', which needs the package flash-linear-attention, 0.6 or newer: "
             "`pip install -U flash-linear-attention`, or choose 'auto'."
         )
-    if not takes_fla_kernel(sources[0]):
+    if not sources[0].is_cuda or sources[0].dtype == torch.float64:
         raise ValueError(
             "`attn_res_implementation` is 'fla', which computes in float32 or half precision on a CUDA device, but the "
             f"hidden states are {sources[0].dtype} on {sources[0].device}: choose 'auto'."
         )
-    output = kernel(query, sources, key_norm, rms_eps=eps)
+    output = fla_kernel()(query, sources, key_norm, rms_eps=eps)
+    if output.requires_grad:
+        output.register_hook(refuse_second_derivatives)
     return output * len(sources) if scale == "sum" else output
-
-
-def takes_fla_kernel(source: torch.Tensor) -> bool:
-    return source.is_cuda and source.dtype != torch.float64
 
 
 # Numbers in a source from which on `streaming` is faster than `eager` (measured on a CPU)
 STREAMING_SIZE = 2**16
 
 
-def auto_depth_attention(
-    query: torch.Tensor, key_norm: torch.Tensor, sources: tuple[torch.Tensor, ...], scale: str, eps: float
-) -> torch.Tensor:
+def auto_depth_attention(query, key_norm, sources, scale, eps) -> torch.Tensor:
     """[`depth_attention`] by the fastest implementation at hand for these sources."""
-    source = sources[0]
-    if takes_fla_kernel(source) and not torch.compiler.is_compiling() and fla_kernel() is not None:
+    source, attend = sources[0], depth_attention
+    takes_kernel = source.is_cuda and source.dtype != torch.float64 and not torch.compiler.is_compiling()
+    if takes_kernel and not is_transformed(query, key_norm, *sources) and fla_kernel() is not None:
         attend = fla_depth_attention
     elif source.numel() > STREAMING_SIZE and not source.is_meta:
         attend = streaming_depth_attention
-    else:
-        attend = depth_attention
     return attend(query, key_norm, sources, scale, eps)
 
 
@@ -270,8 +272,8 @@ class DepthAttention(nn.Module):
 
     def attention_weights(self, *sources: torch.Tensor) -> torch.Tensor:
         """The weights that [`~DepthAttention.forward`] gives to `sources`, `(batch, sequence, sources)`, in float32."""
-        values = torch.stack(sources)
-        return depth_attention_weights(self.tempered_query(), self.key_norm, values, self.eps).movedim(0, -1)
+        inputs = stacked(self.tempered_query(), self.key_norm, sources)
+        return depth_attention_weights(*inputs, self.eps).movedim(0, -1)
 
     def tempered_query(self) -> torch.Tensor:
         if self.temperature == 1.0:

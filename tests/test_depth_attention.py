@@ -306,6 +306,14 @@ def test_fla_on_cuda(scale):
     assert_gradients_are_the_formulas(output, tensors, scale, tolerance=1e-4)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="fla's kernel runs on a CUDA device")
+def test_fla_refuses_second_derivatives():
+    query, key_norm, *sources = (tensor.detach().cuda().requires_grad_() for tensor in inputs(3, shape=(2, 50, 64)))
+    output = ATTN_RES_IMPLEMENTATIONS["fla"](query, key_norm, tuple(sources), "sum", EPS)
+    with pytest.raises(NotImplementedError, match="choose 'streaming'"):
+        torch.autograd.grad(output.square().sum(), query, create_graph=True)
+
+
 def test_fla_on_a_cpu_says_what_to_do():
     query, key_norm, *sources = inputs(2)
     with pytest.raises(ValueError, match="`attn_res_implementation` is 'fla'.*torch.float32 on cpu: choose 'auto'"):
