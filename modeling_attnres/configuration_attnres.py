@@ -34,8 +34,11 @@ ATTN_RES_FIELDS = (
     "attn_res_temperature",
 )
 
+# `attn_res_implementation` is not saved
+OWN_FIELDS = (*ATTN_RES_FIELDS, "attn_res_implementation")
+
 # Attributes of a configuration class that describe its models
-_BASE_CLASS_ATTRIBUTES = (
+BASE_CLASS_ATTRIBUTES = (
     "attribute_map",
     "keys_to_ignore_at_inference",
     "base_model_tp_plan",
@@ -101,22 +104,13 @@ class AttnResConfig(PreTrainedConfig):
     attn_res_temperature: float = 1.0
     attn_res_implementation: Literal["auto", "eager", "streaming", "compiled", "fla"] = "auto"
 
-    def __init__(
-        self,
-        base_model_type: str = "llama",
-        attn_res_type: str = "block",
-        attn_res_block_size: int | None = None,
-        attn_res_scale: str = "sum",
-        attn_res_norm_eps: float = 1e-6,
-        attn_res_temperature: float = 1.0,
-        attn_res_implementation: str = "auto",
-        **kwargs,
-    ):
+    def __init__(self, base_model_type: str = "llama", **kwargs):
         if base_model_type not in CONFIG_MAPPING:
             raise ValueError(
                 f"`base_model_type` is {base_model_type!r}, but transformers {transformers.__version__} has no such "
                 "model."
             )
+        own = {name: kwargs.pop(name, getattr(AttnResConfig, name)) for name in OWN_FIELDS}
         kwargs.pop("model_type", None)
         base = CONFIG_MAPPING[base_model_type](**kwargs)
         if base.get_text_config() is not base:
@@ -126,19 +120,13 @@ class AttnResConfig(PreTrainedConfig):
             )
         self.__dict__.update(base.__dict__)
         # On the instance, since each base has its own; `_base_view` keeps them out of config.json
-        self.__dict__.update({name: getattr(base, name) for name in _BASE_CLASS_ATTRIBUTES if hasattr(base, name)})
-
-        self.base_model_type = base_model_type
-        self.attn_res_type = attn_res_type
-        self.attn_res_scale = attn_res_scale
-        self.attn_res_norm_eps = attn_res_norm_eps
-        self.attn_res_temperature = attn_res_temperature
-        self.attn_res_implementation = attn_res_implementation
-        if attn_res_block_size is None:
+        self.__dict__.update({name: getattr(base, name) for name in BASE_CLASS_ATTRIBUTES if hasattr(base, name)})
+        for name, value in {**own, "base_model_type": base_model_type}.items():
+            setattr(self, name, value)
+        if self.attn_res_block_size is None:
             at_most_8 = max(ceil(self.num_hidden_layers / 8), 1)
             sizes = (max(at_most_8 - 1, 1), at_most_8)
-            attn_res_block_size = min(sizes, key=lambda size: abs(ceil(self.num_hidden_layers / size) - 8))
-        self.attn_res_block_size = attn_res_block_size
+            self.attn_res_block_size = min(sizes, key=lambda size: abs(ceil(self.num_hidden_layers / size) - 8))
 
     def __getattr__(self, name: str) -> Any:
         # Properties and class attributes of the base's configuration
@@ -180,7 +168,7 @@ class AttnResConfig(PreTrainedConfig):
         """The same values as a configuration of the base's class, which knows how to validate and save them."""
         base_class = CONFIG_MAPPING[self.base_model_type]
         view = base_class.__new__(base_class)
-        own = {*_BASE_CLASS_ATTRIBUTES, *ATTN_RES_FIELDS, "attn_res_implementation"}
+        own = (*BASE_CLASS_ATTRIBUTES, *OWN_FIELDS)
         view.__dict__.update({name: value for name, value in self.__dict__.items() if name not in own})
         return view
 

@@ -9,32 +9,23 @@ from torch import nn
 from torch.autograd.forward_ad import unpack_dual
 
 
-def stacked(query: torch.Tensor, key_norm: torch.Tensor, sources: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    """Query, key norm and the sources as one tensor, all in float32, or in float64 for such sources."""
-    dtype = torch.promote_types(sources[0].dtype, torch.float32)
-    tensors = query, key_norm, torch.stack(sources)
-    # In a decoding step every call counts, even one without effect
-    return tuple(tensor if tensor.dtype == dtype else tensor.to(dtype) for tensor in tensors)
-
-
 def depth_attention_weights(
-    query: torch.Tensor, key_norm: torch.Tensor, values: torch.Tensor, eps: float
-) -> torch.Tensor:
+    query: torch.Tensor, key_norm: torch.Tensor, sources: tuple[torch.Tensor, ...], eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     r"""
-    The weights `α = softmaxᵢ(q · RMSNorm(vᵢ))` of [`depth_attention`], for its [`stacked`] inputs.
-
-    Args:
-        query, key_norm, eps: as for [`depth_attention`].
-        values (`torch.Tensor` of shape `(sources, ..., hidden_size)`): the sources `vᵢ`, in the dtype of the query.
+    The weights `α = softmaxᵢ(q · RMSNorm(vᵢ))` of [`depth_attention`], whose arguments it takes.
 
     Returns:
-        `torch.Tensor` of shape `(sources, ...)`.
+        `tuple[torch.Tensor, torch.Tensor]`: the weights, `(sources, ...)`, and the sources, `(sources, ...,
+        hidden_size)`, in float32, or in float64 for such sources.
     """
+    values = torch.stack(sources).to(torch.promote_types(sources[0].dtype, torch.float32))
     # `q · RMSNorm(v)` with the norm's weight multiplied into the query and its factor taken out of the product. This is
     # no matrix product, because autocast would compute that in half precision
-    inverse_rms = values.square().mean(dim=-1).add_(eps).rsqrt_()
-    logits = (values * (query * key_norm)).sum(dim=-1) * inverse_rms
-    return logits.softmax(dim=0)
+    scaled_query = query.to(values.dtype) * key_norm.to(values.dtype)
+    mean_squares = torch.linalg.vector_norm(values, dim=-1).square() / values.shape[-1]
+    logits = (values * scaled_query).sum(dim=-1) * (mean_squares + eps).rsqrt()
+    return logits.softmax(dim=0), values
 
 
 def depth_attention(
@@ -54,13 +45,11 @@ def depth_attention(
     Returns:
         `torch.Tensor`: `h`, in the shape and dtype of a source.
     """
-    query, key_norm, values = stacked(query, key_norm, sources)
-    weights = depth_attention_weights(query, key_norm, values, eps)
+    weights, values = depth_attention_weights(query, key_norm, sources, eps)
     if scale == "sum":
         # Before the sum: with a zero query each weight is then 1, and `h` the plain sum
         weights = weights * len(sources)
-    output = (weights.unsqueeze(-1) * values).sum(dim=0)
-    return output if output.dtype == sources[0].dtype else output.to(sources[0].dtype)
+    return (weights.unsqueeze(-1) * values).sum(dim=0).to(sources[0].dtype)
 
 
 def read_one_by_one(query, key_norm, sources, scale, eps, upcast=lambda source: source) -> tuple[torch.Tensor, ...]:
@@ -86,6 +75,7 @@ def read_one_by_one(query, key_norm, sources, scale, eps, upcast=lambda source: 
 def differentiable(query, key_norm, scale, eps, *sources) -> torch.Tensor:
     """[`read_one_by_one`] in PyTorch's own operations, which have all derivatives."""
     dtype = torch.promote_types(sources[0].dtype, torch.float32)
+    # Converted once, so that a source's gradient is rounded once
     output, *_ = read_one_by_one(query, key_norm, [source.to(dtype) for source in sources], scale, eps)
     return output.to(sources[0].dtype)
 
@@ -114,8 +104,10 @@ class StreamingDepthAttention(torch.autograd.Function):
     def backward(ctx, output_grad):
         query, key_norm, logits, inverse_rms, *sources = ctx.saved_tensors
         if torch.is_grad_enabled() or is_transformed(output_grad):
-            # The gradients are differentiated in turn
-            read = lambda query, key_norm, *sources: differentiable(query, key_norm, ctx.scale, ctx.eps, *sources)  # noqa: E731
+            # The gradients are differentiated in turn, so PyTorch's own operations compute them
+            def read(query, key_norm, *sources):
+                return differentiable(query, key_norm, ctx.scale, ctx.eps, *sources)
+
             query_grad, key_norm_grad, *source_grads = torch.func.vjp(read, query, key_norm, *sources)[1](output_grad)
             return query_grad, key_norm_grad, None, None, *source_grads
 
@@ -158,10 +150,10 @@ def is_transformed(*tensors: torch.Tensor) -> bool:
 
 def streaming_depth_attention(query, key_norm, sources, scale, eps) -> torch.Tensor:
     """[`depth_attention`] that reads the sources one after the other: less memory, and faster for many tokens."""
-    inputs = query, key_norm, scale, eps, *(source.reshape(-1, source.shape[-1]) for source in sources)
     # A compiler makes a backward pass of its own, as fast as ours
     by_torch = torch.compiler.is_compiling() or is_transformed(query, key_norm, *sources)
-    output = differentiable(*inputs) if by_torch else StreamingDepthAttention.apply(*inputs)
+    attend = differentiable if by_torch else StreamingDepthAttention.apply
+    output = attend(query, key_norm, scale, eps, *(source.reshape(-1, source.shape[-1]) for source in sources))
     return output.view(sources[0].shape)
 
 
@@ -175,16 +167,8 @@ def compiled_operator() -> Callable:
 
 
 def compiled_depth_attention(query, key_norm, sources, scale, eps) -> torch.Tensor:
-    """[`depth_attention`] compiled by PyTorch, for many tokens in half precision on a CPU."""
-    try:
-        return compiled_operator()(query, key_norm, sources, scale, eps)
-    except Exception as error:
-        if "C++ compiler" not in str(error):
-            raise
-        raise ImportError(
-            "`attn_res_implementation` is 'compiled', which on a CPU needs a C++ compiler (g++ or clang++), and none "
-            "was found: install one, or choose 'auto'."
-        ) from error
+    """[`depth_attention`] compiled by PyTorch, for many tokens in half precision on a CPU. Needs a C++ compiler."""
+    return compiled_operator()(query, key_norm, sources, scale, eps)
 
 
 @cache
@@ -272,14 +256,11 @@ class DepthAttention(nn.Module):
 
     def attention_weights(self, *sources: torch.Tensor) -> torch.Tensor:
         """The weights that [`~DepthAttention.forward`] gives to `sources`, `(batch, sequence, sources)`, in float32."""
-        inputs = stacked(self.tempered_query(), self.key_norm, sources)
-        return depth_attention_weights(*inputs, self.eps).movedim(0, -1)
+        weights, _ = depth_attention_weights(self.tempered_query(), self.key_norm, sources, self.eps)
+        return weights.movedim(0, -1)
 
     def tempered_query(self) -> torch.Tensor:
-        if self.temperature == 1.0:
-            return self.query
-        # The logits are float32, so the query is not rounded to less
-        return self.query.to(torch.promote_types(self.query.dtype, torch.float32)) / self.temperature
+        return self.query if self.temperature == 1.0 else self.query / self.temperature
 
     def extra_repr(self) -> str:
         return f"{self.query.shape[0]}, scale={self.scale!r}, eps={self.eps}, temperature={self.temperature}"

@@ -8,15 +8,11 @@ keeps the sublayers' outputs apart, and a submodule that is called with the stre
 """
 
 import inspect
-import operator
-from collections.abc import Callable, Iterator
-from itertools import repeat
-from threading import RLock
-from typing import Any
+from functools import cache
 
 import torch
 import transformers
-from torch import fx, nn
+from torch import nn
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -39,205 +35,26 @@ from transformers.utils.output_capturing import OutputRecorder
 
 from .configuration_attnres import AttnResConfig
 from .depth_attention import DepthAttention
+from .residual_stream import Reader, ResidualStream, call, trace
 
 
 # The depth attentions of a decoder layer, in the order of its reads
 READ_NAMES = ("self_attention_res", "mlp_res", "second_mlp_res", "third_mlp_res", "fourth_mlp_res")
 
-# Class attributes that tools read from the class, for which that of the base holds
-BASE_CLASS_ATTRIBUTES = (
-    "base_model_prefix",
-    "_can_set_experts_implementation",
-    "_supports_attention_backend",
-    "_supports_flash_attn",
-    "_supports_flex_attn",
-    "_supports_sdpa",
-)
-
-
-ADDITIONS = {
-    *(operator.add, operator.iadd, torch.add),
-    *(getattr(torch.Tensor, name) for name in ("add", "__add__", "__radd__")),
-}
-MULTIPLICATIONS = {
-    *(operator.mul, operator.imul, torch.mul),
-    *(getattr(torch.Tensor, name) for name in ("mul", "__mul__", "__rmul__")),
-}
-
-
-class ResidualStream:
-    r"""
-    The residual stream as the sources of depth attention ([arXiv 2603.15031](https://arxiv.org/abs/2603.15031),
-    section 3). It takes the place of `hidden_states` in the forward of a base's decoder layer:
-
-    - `stream + output` opens a source or adds to the last one;
-    - `stream * number` scales every source;
-    - a submodule that is called with the stream receives `stream.read()`.
-
-    Any other operation raises a `TypeError`.
-
-    Args:
-        sources (`tuple[torch.Tensor, ...]`): the embedding, followed by the block sums (Block AttnRes; the last one is
-            that of the current block) or by every sublayer's output (Full AttnRes). Each is `(batch, sequence,
-            hidden_size)`.
-        reads (`Iterator[Callable]`, *optional*): the depth attentions of this layer that have not been used yet.
-        opens_source (`bool`, *optional*): whether the next output becomes a source of its own.
-        is_full (`bool`, *optional*): whether every output becomes a source of its own.
-    """
-
-    def __init__(
-        self,
-        sources: tuple[torch.Tensor, ...],
-        reads: Iterator[Callable] | None = None,
-        opens_source: bool = False,
-        is_full: bool = False,
-    ):
-        self.sources = sources
-        self.reads = reads
-        self.opens_source = opens_source
-        self.is_full = is_full
-        self.value = None
-
-    def read(self) -> torch.Tensor:
-        """The depth attention over the sources. All submodules that are called with this stream share it."""
-        if self.value is None:
-            self.value = self.sources[0] if len(self.sources) == 1 else next(self.reads)(*self.sources)
-        return self.value
-
-    def __add__(self, output: torch.Tensor) -> "ResidualStream":
-        sources = self.sources
-        if isinstance(output, ResidualStream) or output.shape != self.shape:
-            raise TypeError("a residual stream can only be added to a tensor of its own shape")
-        if output.dtype != self.dtype:
-            # Autocast: as in the base's sum, the wider dtype wins
-            dtype = torch.promote_types(output.dtype, self.dtype)
-            sources, output = tuple(source.to(dtype) for source in sources), output.to(dtype)
-        if self.opens_source or self.is_full:
-            sources = (*sources, output)
-        else:
-            sources = (*sources[:-1], sources[-1] + output)
-        return ResidualStream(sources, self.reads, False, self.is_full)
-
-    def __mul__(self, factor: float | torch.Tensor) -> "ResidualStream":
-        if isinstance(factor, torch.Tensor) and factor.numel() != 1:
-            raise TypeError("a residual stream can only be multiplied by a number")
-        sources = tuple(source * factor for source in self.sources)
-        return ResidualStream(sources, self.reads, self.opens_source, self.is_full)
-
-    __radd__ = __add__
-    __rmul__ = __mul__
-
-    @classmethod
-    def __torch_function__(cls, function: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None):
-        # `tensor + stream` arrives here, and under a compiler `stream + tensor` too. The methods are called by name,
-        # since `+` would come back here
-        if function in ADDITIONS:
-            return args[0].__add__(args[1]) if isinstance(args[0], cls) else args[1].__add__(args[0])
-        if function in MULTIPLICATIONS:
-            return args[0].__mul__(args[1]) if isinstance(args[0], cls) else args[1].__mul__(args[0])
-        name = getattr(function, "__name__", function)
-        raise TypeError(f"a residual stream can be added to, scaled and given to submodules, but not used in `{name}`")
-
-    def __getattr__(self, name: str):
-        if name.startswith("__"):
-            raise AttributeError(name)
-        raise TypeError(f"a residual stream can be added to, scaled and given to submodules, but it has no `{name}`")
-
-    shape = property(lambda self: self.sources[0].shape)
-    dtype = property(lambda self: self.sources[0].dtype)
-    device = property(lambda self: self.sources[0].device)
-
-
-class Reader:
-    """`self` for the forward of a base's decoder layer. Submodules that are called with the stream receive its read."""
-
-    def __init__(self, module: nn.Module, call: Callable):
-        self._module = module
-        self._call = call
-
-    def __getattr__(self, name: str):
-        value = getattr(self._module, name)
-        if isinstance(value, nn.Module):
-            return Reader(value, self._call)
-        return value.__func__.__get__(self) if inspect.ismethod(value) else value
-
-    def __call__(self, *args, **kwargs):
-        return self._call(self._module, *map(read, args), **{name: read(value) for name, value in kwargs.items()})
-
-
-def read(value: Any) -> Any:
-    return value.read() if isinstance(value, ResidualStream) else value
-
-
-def call(module: nn.Module, *args, **kwargs):
-    return module(*args, **kwargs)
-
-
-class Symbol(fx.Proxy):
-    """Stands for a tensor in a forward that is run to see its structure."""
-
-    def __add__(self, other):
-        # As a tensor does, it leaves the sum to the stream
-        return NotImplemented if isinstance(other, ResidualStream) else super().__add__(other)
-
-    def __mul__(self, other):
-        return NotImplemented if isinstance(other, ResidualStream) else super().__mul__(other)
-
-
-class SymbolTracer(fx.proxy.GraphAppendingTracer):
-    def proxy(self, node: fx.Node) -> Symbol:
-        return Symbol(node, self)
-
-    def symbol(self, *args, **kwargs) -> Symbol:
-        return self.proxy(self.graph.placeholder("symbol"))
-
-    def to_bool(self, obj: fx.Proxy) -> bool:
-        return False
-
-
-def trace(layer: nn.Module, forward: Callable) -> tuple[int, int]:
-    """
-    Runs the forward of a base's decoder layer on symbols, without its submodules. This is the one place that determines
-    how many depth attentions a layer has: one for each state of the stream that a submodule is called with.
-
-    Returns:
-        `tuple[int, int]`: the numbers of reads, and of outputs that are added to the stream.
-    """
-    tracer, reads = SymbolTracer(fx.Graph()), []
-
-    def count(*sources):
-        reads.append(sources)
-        return tracer.symbol()
-
-    parameters = list(inspect.signature(forward).parameters.values())[2:]
-    required = [p.name for p in parameters if p.default is p.empty and p.kind == p.POSITIONAL_OR_KEYWORD]
-    # Two sources, since a single one is read without a depth attention
-    stream = ResidualStream((tracer.symbol(), tracer.symbol()), repeat(count), is_full=True)
-    output = forward(Reader(layer, tracer.symbol), stream, **{name: tracer.symbol() for name in required})
-    stream = output[0] if isinstance(output, tuple) else output
-    if not isinstance(stream, ResidualStream):
-        raise TypeError("its result is not the residual stream")
-    return len(reads), len(stream.sources) - 2
-
 
 class OverBase:
     """For classes of which a subclass is made for each base: `cls.over(base_class)` inherits from both."""
 
-    _classes = {}
-    _lock = RLock()
-
     @classmethod
+    @cache
     def over(cls, base_class: type) -> type:
-        with OverBase._lock:
-            if (cls, base_class) not in OverBase._classes:
-                try:
-                    OverBase._classes[cls, base_class] = cls._make_class(base_class)
-                except (AttributeError, TypeError) as error:
-                    raise RuntimeError(
-                        f"modeling_attnres does not work with transformers {transformers.__version__}: {error}. "
-                        "Install transformers 5.24, or a newer modeling_attnres."
-                    ) from error
-            return OverBase._classes[cls, base_class]
+        try:
+            return cls._make_class(base_class)
+        except (AttributeError, TypeError) as error:
+            raise RuntimeError(
+                f"modeling_attnres does not work with transformers {transformers.__version__}: {error}. Install "
+                "transformers 5.24, or a newer modeling_attnres."
+            ) from error
 
     @classmethod
     def _make_class(cls, base_class: type, name: str | None = None, **attributes) -> type:
@@ -245,8 +62,7 @@ class OverBase:
         return type(name or cls.__name__, (cls, base_class), {"__module__": cls.__module__, **attributes})
 
     def __reduce_ex__(self, protocol):
-        cls, base_class = type(self).__bases__
-        return new_over, (cls, base_class), vars(self)
+        return new_over, type(self).__bases__, vars(self)
 
 
 def new_over(cls: type, base_class: type) -> nn.Module:
@@ -354,7 +170,9 @@ class AttnResOverBase(OverBase, AttnResPreTrainedModel):
 
     @classmethod
     def _make_class(cls, base_class: type, **kwargs) -> type:
-        attributes = {name: getattr(base_class, name) for name in BASE_CLASS_ATTRIBUTES}
+        names = [name for name in vars(AttnResPreTrainedModel) if name.startswith("_supports")]
+        names += ["base_model_prefix", "_can_set_experts_implementation"]
+        attributes = {name: getattr(base_class, name) for name in names}
         in_float32 = [*(base_class._keep_in_fp32_modules_strict or []), *READ_NAMES, "output_res"]
         return super()._make_class(base_class, _keep_in_fp32_modules_strict=in_float32, **attributes, **kwargs)
 
@@ -405,12 +223,12 @@ class AttnResModel(AttnResOverBase):
 
 
 def decoder_layers(decoder: PreTrainedModel) -> nn.ModuleList:
-    for name in ("layers", "h", "blocks"):
-        if isinstance(getattr(decoder, name, None), nn.ModuleList):
-            return getattr(decoder, name)
+    for child in decoder.children():
+        if isinstance(child, nn.ModuleList) and len(child) == decoder.config.num_hidden_layers:
+            return child
     raise ValueError(
         f"`base_model_type` is {decoder.config.base_model_type!r}, but `{type(decoder).__bases__[1].__name__}` has no "
-        "list of decoder layers named `layers`, `h` or `blocks`."
+        f"list of decoder layers (`ModuleList` of {decoder.config.num_hidden_layers})."
     )
 
 
@@ -485,13 +303,3 @@ class AttnResForTokenClassification(GenericForTokenClassification, AttnResGeneri
 
 class AttnResForQuestionAnswering(GenericForQuestionAnswering, AttnResGenericHead):
     _auto_class = "AutoModelForQuestionAnswering"
-
-
-__all__ = [
-    "AttnResForCausalLM",
-    "AttnResForQuestionAnswering",
-    "AttnResForSequenceClassification",
-    "AttnResForTokenClassification",
-    "AttnResModel",
-    "AttnResPreTrainedModel",
-]
