@@ -265,12 +265,15 @@ class AttnResForCausalLM(AttnResOverBase, GenerationMixin):
 
         Args:
             base ([`PreTrainedModel`]): a causal language model.
-            attn_res: the `attn_res_*` fields of [`AttnResConfig`] that differ from their defaults.
+            attn_res: the `attn_res_*` fields of [`AttnResConfig`] that differ from their defaults. As for `retrofit`,
+                the default of `attn_res_temperature` is `hidden_size / 128`.
 
         Raises:
             `ValueError`: the base is not a causal language model, or is not supported.
         """
-        base_config, config = base.config, AttnResConfig.from_base_config(base.config, **attn_res)
+        base_config = base.config
+        attn_res = {"attn_res_temperature": base_config.hidden_size / 128, **attn_res}
+        config = AttnResConfig.from_base_config(base_config, **attn_res)
         if type(base) is not MODEL_FOR_CAUSAL_LM_MAPPING.get(type(base_config), None):
             raise ValueError(f"`base` is a {type(base).__name__}, but must be a causal language model of transformers.")
         for module in base.modules():
@@ -278,6 +281,11 @@ class AttnResForCausalLM(AttnResOverBase, GenerationMixin):
                 module.config = config
             # The weights are loaded, and must not be initialized again
             module._is_hf_initialized = True
+            # The recorders of hidden states are installed at the first use, for the classes of that time
+            vars(module).pop("_output_capturing_hooks_installed", None)
+            for key, hook in list(module._forward_hooks.items()):
+                if hook.__module__ == OutputRecorder.__module__:
+                    del module._forward_hooks[key]
         return cls(config, base).train(base.training)
 
 
