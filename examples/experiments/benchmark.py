@@ -1,12 +1,14 @@
 """The cost of AttnRes: a model with depth attention next to its own base, in one process.
 
     python examples/experiments/benchmark.py --size hidden-1024 --sequence 512 --output figures.json
+    python examples/experiments/benchmark.py --quick    # three minutes on two cores
 
 Base and AttnRes share their weights and run in turns, A B C A B C. Time: the ratio to the base in the same round, as
 median (min to max) over the rounds. Memory: the peak of the resident set (on a GPU: of the allocated memory).
 """
 
 import argparse
+import copy
 import ctypes
 import gc
 import json
@@ -20,9 +22,9 @@ from pathlib import Path
 import torch
 import transformers
 from tqdm import tqdm
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from modeling_attnres import AttnResConfig, AttnResForCausalLM, DepthAttention
+from modeling_attnres import AttnResForCausalLM, DepthAttention
 from modeling_attnres.depth_attention import ATTN_RES_IMPLEMENTATIONS, streaming_depth_attention
 
 
@@ -37,6 +39,14 @@ SIZES = {
         "num_key_value_heads": 8,
         "vocab_size": 128256,
         "tie_word_embeddings": True,
+    },
+    "mixture": {
+        "model_type": "mixtral",
+        "hidden_size": 512,
+        "intermediate_size": 512,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 8,
+        "num_local_experts": 8,
     },
 }
 
@@ -71,28 +81,22 @@ PEERS = {"einsum as published": einsum_as_published, "fla, naive": fla_naive}
 CUDA_PEERS = {"plain PyTorch": streaming_depth_attention, "flash-attn-res": flash_attn_res}
 
 
-def attnres_of(base: LlamaForCausalLM, blocks: str, operator=None, implementation="auto") -> AttnResForCausalLM:
+def attnres_of(base: PreTrainedModel, blocks: str, operator=None, implementation="auto") -> AttnResForCausalLM:
     """An AttnRes model with the base's weights and random queries. `operator` replaces the depth attention."""
     layers = base.config.num_hidden_layers
     shape = {"attn_res_type": "full"} if blocks == "full" else {"attn_res_block_size": max(1, layers // int(blocks))}
-    config = AttnResConfig.from_base_config(base.config, attn_res_implementation=implementation, **shape)
-    with torch.device("meta"):
-        model = AttnResForCausalLM(config)
-    weights = base.state_dict()
-    for name in model.state_dict().keys() - weights.keys():
-        new = torch.ones if name.endswith("key_norm") else lambda *size, **where: 0.02 * torch.randn(*size, **where)
-        weights[name] = new(config.hidden_size, device=base.device, dtype=base.dtype)
-    model.load_state_dict(weights, assign=True)
-    model.tie_weights()
-    model.model.rotary_emb = base.model.rotary_emb
+    shared = {id(tensor): tensor for tensor in (*base.parameters(), *base.buffers())}
+    model = AttnResForCausalLM.from_base(copy.deepcopy(base, shared), attn_res_implementation=implementation, **shape)
     for module in model.modules():
-        if isinstance(module, DepthAttention) and operator is not None:
-            module.forward = partial(compute_by, operator, module)
+        if isinstance(module, DepthAttention):
+            torch.nn.init.normal_(module.query, std=0.02)
+            if operator is not None:
+                module.forward = partial(compute_by, operator, module)
     return model
 
 
 def compute_by(operator, module: DepthAttention, *sources: torch.Tensor, **_) -> torch.Tensor:
-    return operator(module.query, module.key_norm, sources, module.scale, module.eps)
+    return operator(module.tempered_query(), module.key_norm, sources, module.scale, module.eps)
 
 
 class PeakMemory:
@@ -194,7 +198,7 @@ def measure(measurement: str, models: dict[str, torch.nn.Module], tokens: torch.
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=SIZES, default="hidden-1024")
+    parser.add_argument("--size", nargs="+", choices=SIZES, default=["hidden-1024"])
     parser.add_argument("--sequence", nargs="+", type=int, default=[512], help="tokens")
     parser.add_argument("--blocks", nargs="+", default=["8"], help="numbers of blocks, or `full`")
     parser.add_argument("--measure", nargs="+", choices=MEASUREMENTS, default=list(MEASUREMENTS))
@@ -211,11 +215,31 @@ def main():
     parser.add_argument("--implementation", choices=ATTN_RES_IMPLEMENTATIONS, default="auto", help="of AttnRes")
     parser.add_argument("--compile", action="store_true", help="compile the forward passes")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--quick", action="store_true", help="three sizes without peers")
     parser.add_argument("--output", type=Path, help="JSON file for the figures")
     args = parser.parse_args()
+    if args.quick:
+        args.size, args.peers, args.rounds = ["tiny", "mixture", "hidden-1024"], [], 3
 
+    machine = {
+        "machine": torch.cuda.get_device_name() if args.device == "cuda" else platform.machine(),
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "memory GB/s": round(memory_bandwidth(args.device), 1),
+    }
+    print(*(f"{name}: {value}" for name, value in machine.items()), sep=", ")
+    rows = [row for size in args.size for row in benchmark(size, args)]
+    if args.output:
+        args.output.write_text(json.dumps({**machine, "results": rows}, indent=1))
+
+
+def benchmark(size: str, args: argparse.Namespace) -> list[dict]:
+    """The rows of one size, which are also printed."""
     torch.manual_seed(0)
-    base = LlamaForCausalLM(LlamaConfig(**SIZES[args.size])).to(args.device, getattr(torch, args.dtype))
+    config = AutoConfig.for_model(**{"model_type": "llama", **SIZES[size]})
+    base = AutoModelForCausalLM.from_config(config).to(args.device, getattr(torch, args.dtype))
     models = {"base": base}
     for blocks in args.blocks:
         models[blocks if blocks == "full" else f"{blocks} blocks"] = attnres_of(
@@ -229,20 +253,13 @@ def main():
         if args.compile:
             model.forward = torch.compile(model.forward, fullgraph=True)
 
-    machine = {
-        "machine": torch.cuda.get_device_name() if args.device == "cuda" else platform.machine(),
-        "threads": torch.get_num_threads(),
-        "cores": os.cpu_count(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "parameters": base.num_parameters(),
-        "memory GB/s": round(memory_bandwidth(args.device), 1),
-    }
     options = {
-        **{"size": args.size, "dtype": args.dtype, "gradient_checkpointing": args.gradient_checkpointing},
+        **{"size": size, "parameters": base.num_parameters(), "dtype": args.dtype},
+        **{"gradient_checkpointing": args.gradient_checkpointing},
         **{"implementation": args.implementation, "compiled": args.compile},
     }
-    print(*(f"{name}: {value}" for name, value in {**machine, **options}.items()), sep=", ")
+    print()
+    print(*(f"{name}: {value}" for name, value in options.items()), sep=", ")
     print("\n| | tokens | | seconds | of the base's time | of its peak memory |\n|---|---|---|---|---|---|")
     rows = []
     for length in args.sequence:
@@ -255,8 +272,7 @@ def main():
                     f"{row['ratio']:.3f} ({row['min']:.3f} to {row['max']:.3f}) | {row['memory_ratio']:.3f} |",
                     flush=True,
                 )
-    if args.output:
-        args.output.write_text(json.dumps({**machine, "results": rows}, indent=1))
+    return rows
 
 
 if __name__ == "__main__":
