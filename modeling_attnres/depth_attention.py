@@ -7,6 +7,7 @@ from functools import cache
 import torch
 from torch import nn
 from torch.autograd.forward_ad import unpack_dual
+from torch.nn import functional as F
 
 
 def depth_attention_weights(
@@ -16,16 +17,15 @@ def depth_attention_weights(
     The weights `α = softmaxᵢ(q · RMSNorm(vᵢ))` of [`depth_attention`], whose arguments it takes.
 
     Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: the weights, `(sources, ...)`, and the sources, `(sources, ...,
+        `tuple[torch.Tensor, torch.Tensor]`: the weights, `(sources, ..., 1)`, and the sources, `(sources, ...,
         hidden_size)`, in float32, or in float64 for such sources.
     """
-    values = torch.stack(sources).to(torch.promote_types(sources[0].dtype, torch.float32))
-    # `q · RMSNorm(v)` with the norm's weight multiplied into the query and its factor taken out of the product. This is
-    # no matrix product, because autocast would compute that in half precision
-    scaled_query = query.to(values.dtype) * key_norm.to(values.dtype)
-    mean_squares = torch.linalg.vector_norm(values, dim=-1).square() / values.shape[-1]
-    logits = (values * scaled_query).sum(dim=-1) * (mean_squares + eps).rsqrt()
-    return logits.softmax(dim=0), values
+    values = torch.stack(sources)
+    if values.dtype.itemsize < 4:
+        values = values.float()
+    keys = F.rms_norm(values, key_norm.shape, key_norm.to(values.dtype), eps)
+    # No matrix product, because autocast would compute that in half precision
+    return (query * keys).sum(dim=-1, keepdim=True).softmax(dim=0), values
 
 
 def depth_attention(
@@ -49,7 +49,7 @@ def depth_attention(
     if scale == "sum":
         # Before the sum: with a zero query each weight is then 1, and `h` the plain sum
         weights = weights * len(sources)
-    return (weights.unsqueeze(-1) * values).sum(dim=0).to(sources[0].dtype)
+    return (weights * values).sum(dim=0).to(sources[0].dtype)
 
 
 def read_one_by_one(query, key_norm, sources, scale, eps, upcast=lambda source: source) -> tuple[torch.Tensor, ...]:
@@ -242,7 +242,7 @@ class DepthAttention(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.config = config
+        self.implementation = config.attn_res_implementation
         self.scale = config.attn_res_scale
         self.eps = config.attn_res_norm_eps
         self.temperature = config.attn_res_temperature
@@ -251,13 +251,13 @@ class DepthAttention(nn.Module):
 
     def forward(self, *sources: torch.Tensor) -> torch.Tensor:
         """[`depth_attention`] over `sources`, each `(batch, sequence, hidden_size)`."""
-        attend = ATTN_RES_IMPLEMENTATIONS[self.config.attn_res_implementation]
+        attend = ATTN_RES_IMPLEMENTATIONS[self.implementation]
         return attend(self.tempered_query(), self.key_norm, sources, self.scale, self.eps)
 
     def attention_weights(self, *sources: torch.Tensor) -> torch.Tensor:
         """The weights that [`~DepthAttention.forward`] gives to `sources`, `(batch, sequence, sources)`, in float32."""
         weights, _ = depth_attention_weights(self.tempered_query(), self.key_norm, sources, self.eps)
-        return weights.movedim(0, -1)
+        return weights.squeeze(-1).movedim(0, -1)
 
     def tempered_query(self) -> torch.Tensor:
         return self.query if self.temperature == 1.0 else self.query / self.temperature
