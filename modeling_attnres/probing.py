@@ -72,14 +72,14 @@ def recorded_weights(model: nn.Module) -> Iterator[dict[str, list[torch.Tensor]]
 
 
 @contextmanager
-def masked_sources(model: nn.Module, mask: torch.BoolTensor) -> Iterator[None]:
+def masked_sources(model: nn.Module, mask: torch.Tensor) -> Iterator[None]:
     r"""
     Takes sources out of depth attentions in the forward passes within the block, as if they did not exist: the softmax
     covers the remaining ones, and `"sum"` scaling counts them.
 
     Args:
         model (`nn.Module`): a model with depth attentions.
-        mask (`torch.BoolTensor` of shape `(depth attentions, sources)`):
+        mask (`torch.Tensor` of dtype bool, of shape `(depth attentions, sources)`):
             rows as in [`depth_attentions`], columns as in [`depth_sources`]. `False` takes a source out.
 
     Raises:
