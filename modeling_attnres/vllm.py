@@ -32,11 +32,21 @@ class Receive(PPMissingLayer):
         return ResidualStream(hidden_states.split(self.hidden_size, dim=-1))
 
 
+@torch.library.custom_op("attnres::side_by_side", mutates_args=())
+def side_by_side(sources: list[torch.Tensor]) -> torch.Tensor:
+    return torch.cat(sources, dim=-1)
+
+
+@side_by_side.register_fake
+def _(sources):
+    return torch.cat(sources, dim=-1)
+
+
 class Send(PPMissingLayer):
     """Stands after the last layer of a pipeline stage."""
 
     def forward(self, stream: ResidualStream, *args, **kwargs) -> torch.Tensor:
-        return torch.cat(stream.sources, dim=-1)
+        return side_by_side(list(stream.sources))
 
 
 class PipelineOfSources:

@@ -16,8 +16,6 @@ from pathlib import Path
 # Only what is on this disk; and a small cache, as for small models
 os.environ.update({"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"})
 OPTIONS = {
-    "trust_remote_code": True,
-    "model_impl": "transformers",
     "dtype": "float32",
     "skip_tokenizer_init": True,
     "gpu_memory_utilization": 0.3,
