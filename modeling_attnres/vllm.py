@@ -2,13 +2,14 @@
 """
 AttnRes models in vLLM: a plugin, which vLLM loads by itself where this package is installed.
 
-The models are those of vLLM's Transformers backend, with two additions: pipeline parallelism, where a stage passes on all
-its sources, and the traits that vLLM knows a base by (latent attention, mixture of experts).
+The models are those of vLLM's Transformers backend, with two additions. A pipeline stage passes on all its sources. And
+vLLM is told what it recognizes a base by: latent attention, mixture of experts.
 """
 
 from contextlib import suppress
 
 import torch
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from vllm.distributed.utils import get_pp_indices
 from vllm.model_executor.models import ModelRegistry
 from vllm.model_executor.models.transformers import TransformersForCausalLM, TransformersMoEForCausalLM
@@ -18,7 +19,8 @@ from vllm.transformers_utils.model_arch_config_convertor import (
     ModelArchConfigConvertorBase,
 )
 
-from .modeling_attnres import ResidualStream, decoder_layers
+from .modeling_attnres import decoder_layers
+from .residual_stream import ResidualStream
 
 
 class Receive(PPMissingLayer):
@@ -49,14 +51,19 @@ class Send(PPMissingLayer):
         return side_by_side(list(stream.sources))
 
 
-class PipelineOfSources:
-    """For models of vLLM's Transformers backend: a pipeline stage passes all sources on to the next one."""
+class AttnResMixin:
+    """For the classes of vLLM's Transformers backend."""
 
     def __init__(self, *, vllm_config, prefix: str = ""):
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         self.make_empty_intermediate_tensors = make_empty_intermediate_tensors_factory(
             ["hidden_states"], self.num_sources * self.text_config.hidden_size
         )
+
+    def _patch_config(self):
+        super()._patch_config()
+        # vLLM takes the activation of experts from the name of the class
+        self.config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[self.config.base_model_type]]
 
     def pipeline_parallel(self):
         layers = decoder_layers(self.model)
@@ -92,11 +99,11 @@ class PipelineOfSources:
             )
 
 
-class AttnResForCausalLM(PipelineOfSources, TransformersForCausalLM):
+class AttnResForCausalLM(AttnResMixin, TransformersForCausalLM):
     pass
 
 
-class AttnResMoEForCausalLM(PipelineOfSources, TransformersMoEForCausalLM):
+class AttnResMoEForCausalLM(AttnResMixin, TransformersMoEForCausalLM):
     pass
 
 

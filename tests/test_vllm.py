@@ -1,6 +1,6 @@
 """
-vLLM gives `generate`'s tokens, by the plugin and, without it, by the code that travels with a checkpoint. These run where
-there is an environment with vLLM (fifty minutes on two slow cores; vLLM compiles for most of it):
+vLLM gives `generate`'s tokens, by the plugin and, without it, by the code that travels with a checkpoint. These run
+where there is an environment with vLLM (fifty minutes on two slow cores; vLLM compiles for most of it):
 
     examples/serving/vllm_environment.sh /tmp/vllm    # prints the variable to set
     ATTNRES_VLLM_PYTHON=/tmp/vllm/bin/python pytest tests/test_vllm.py
@@ -156,7 +156,7 @@ def test_vllm_without_the_plugin_refuses_pipeline_stages(trained_folder, prompts
     options = {"enforce_eager": True, "pipeline_parallel_size": 2, "max_model_len": 512, **REMOTE_CODE}
     (result,), log = run_jobs([job(trained_folder, prompts, 1, **options)], tmp_path, VLLM_PLUGINS="")
     assert "error" in result
-    assert "pip install modeling-attnres" in log, log[-8000:]
+    assert "install modeling_attnres in vLLM's environment" in log, log[-8000:]
 
 
 def test_vllm_refuses_stages_of_a_decoder_that_scales_its_embedding(tmp_path):
