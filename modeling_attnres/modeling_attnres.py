@@ -111,8 +111,8 @@ class AttnResDecoderLayer(OverBase, GradientCheckpointingLayer):
         if self.layer_idx > 0 and not is_stream:
             raise ValueError(
                 f"Layer {self.layer_idx} of an AttnRes model needs the sources of all layers before it, but received "
-                "one tensor. Pipeline parallelism passes on one tensor: use tensor parallelism instead (vLLM: "
-                "`--tensor-parallel-size N --pipeline-parallel-size 1`)."
+                "one tensor. In vLLM, pipeline parallelism needs this package: install modeling_attnres in vLLM's "
+                "environment, and start vLLM without `--model-impl`. Elsewhere, use tensor parallelism."
             )
         sources = hidden_states.sources if is_stream else (hidden_states,)
         _, output, others, *sources = super().__call__(*sources, **dict(zip(self.argument_names, args)), **kwargs)

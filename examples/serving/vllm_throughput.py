@@ -35,13 +35,13 @@ def main():
     import transformers
     import vllm
 
+    base = args.checkpoints[0]
+    options = {"dtype": args.dtype, "enforce_eager": args.eager, "enable_prefix_caching": False, "max_model_len": 1024}
+    # The base on vLLM's Transformers backend too
     engines = {
-        checkpoint: engine(
-            checkpoint, dtype=args.dtype, enforce_eager=args.eager, enable_prefix_caching=False, max_model_len=1024
-        )
+        checkpoint: engine(checkpoint, model_impl="transformers" if checkpoint == base else "auto", **options)
         for checkpoint in args.checkpoints
     }
-    base = next(iter(engines))
     random.seed(0)
 
     def prompts(count: int, length: int) -> list[list[int]]:

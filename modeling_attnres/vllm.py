@@ -1,0 +1,124 @@
+# Copyright 2026 The modeling_attnres authors. Licensed under the Apache License, Version 2.0.
+"""
+AttnRes models in vLLM: a plugin, which vLLM loads by itself where this package is installed.
+
+The models are those of vLLM's Transformers backend, with two additions. A pipeline stage passes on all its sources. And
+vLLM is told what it recognizes a base by: latent attention, mixture of experts.
+"""
+
+from contextlib import suppress
+
+import torch
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from vllm.distributed.utils import get_pp_indices
+from vllm.model_executor.models import ModelRegistry
+from vllm.model_executor.models.transformers import TransformersForCausalLM, TransformersMoEForCausalLM
+from vllm.model_executor.models.utils import PPMissingLayer, make_empty_intermediate_tensors_factory
+from vllm.transformers_utils.model_arch_config_convertor import (
+    MODEL_ARCH_CONFIG_CONVERTORS,
+    ModelArchConfigConvertorBase,
+)
+
+from .modeling_attnres import decoder_layers
+from .residual_stream import ResidualStream
+
+
+class Receive(PPMissingLayer):
+    """Stands before the first layer of a pipeline stage, whose input is the sources side by side."""
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        self.hidden_size = hidden_size
+
+    def forward(self, hidden_states: torch.Tensor, *args, **kwargs) -> ResidualStream:
+        return ResidualStream(hidden_states.split(self.hidden_size, dim=-1))
+
+
+@torch.library.custom_op("attnres::side_by_side", mutates_args=())
+def side_by_side(sources: list[torch.Tensor]) -> torch.Tensor:
+    return torch.cat(sources, dim=-1)
+
+
+@side_by_side.register_fake
+def _(sources):
+    return torch.cat(sources, dim=-1)
+
+
+class Send(PPMissingLayer):
+    """Stands after the last layer of a pipeline stage."""
+
+    def forward(self, stream: ResidualStream, *args, **kwargs) -> torch.Tensor:
+        return side_by_side(list(stream.sources))
+
+
+class AttnResMixin:
+    """For the classes of vLLM's Transformers backend."""
+
+    def __init__(self, *, vllm_config, prefix: str = ""):
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        self.make_empty_intermediate_tensors = make_empty_intermediate_tensors_factory(
+            ["hidden_states"], self.num_sources * self.text_config.hidden_size
+        )
+
+    def _patch_config(self):
+        super()._patch_config()
+        # vLLM takes the activation of experts from the name of the class
+        self.config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[self.config.base_model_type]]
+
+    def pipeline_parallel(self):
+        layers = decoder_layers(self.model)
+        start, end = get_pp_indices(len(layers), self.pp_group.rank_in_group, self.pp_group.world_size)
+        # The embedding, and those that the earlier stages' layers open
+        opened = [layer.num_outputs if layer.is_full else layer.is_block_boundary for layer in layers[:start]]
+        self.num_sources = 1 + sum(opened)
+        super().pipeline_parallel()
+        if start > 0:
+            layers[start - 1] = Receive(self.text_config.hidden_size)
+            self.check_input_reaches(layers[start - 1])
+        if end < len(layers):
+            layers[end] = Send()
+
+    def check_input_reaches(self, first: Receive):
+        """Some decoders scale the embedding before the first layer, and would scale the sources in each stage again."""
+        received = []
+
+        def receive(module, args):
+            received.extend(args)
+            raise StopIteration
+
+        hook = first.register_forward_pre_hook(receive)
+        sent = torch.arange(2.0 * self.num_sources * first.hidden_size).view(1, 2, -1)
+        with suppress(Exception):
+            self.model.forward(inputs_embeds=sent, position_ids=torch.arange(2)[None], use_cache=False)
+        hook.remove()
+        if not received or not torch.equal(received[0], sent):
+            raise ValueError(
+                f"`pipeline_parallel_size` is {self.pp_group.world_size}, but the decoder of "
+                f"{self.config.base_model_type!r} changes the embedding before its first layer, and would change the "
+                "sources in each stage. Use tensor parallelism instead: `--tensor-parallel-size N`."
+            )
+
+
+class AttnResForCausalLM(AttnResMixin, TransformersForCausalLM):
+    pass
+
+
+class AttnResMoEForCausalLM(AttnResMixin, TransformersMoEForCausalLM):
+    pass
+
+
+def arch_config_convertor(hf_config, hf_text_config, **kwargs) -> ModelArchConfigConvertorBase:
+    """vLLM looks up by `model_type` how to read a configuration. An AttnRes one is read as its base's."""
+    base_config = hf_config._base_view()
+    convertor_class = MODEL_ARCH_CONFIG_CONVERTORS.get(hf_config.base_model_type, ModelArchConfigConvertorBase)
+    convertor = convertor_class(base_config, base_config, **kwargs)
+    if convertor.get_num_experts() and base_config.architectures == ["AttnResForCausalLM"]:
+        base_config.architectures = ["AttnResMoEForCausalLM"]
+    return convertor
+
+
+def register():
+    """The entry point of the group `vllm.general_plugins`."""
+    MODEL_ARCH_CONFIG_CONVERTORS["attnres"] = arch_config_convertor
+    for model_class in (AttnResForCausalLM, AttnResMoEForCausalLM):
+        ModelRegistry.register_model(model_class.__name__, model_class)
