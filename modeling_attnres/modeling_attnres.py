@@ -1,14 +1,15 @@
 # Copyright 2026 The modeling_attnres authors. Licensed under the Apache License, Version 2.0.
 """
-AttnRes models: a base model of transformers in which Attention Residuals replace the residual connections.
+AttnRes models: Transformers models whose residual connections are replaced by Attention Residuals.
 
-The base's own code runs at every level. Head, decoder and decoder layer are subclasses of the base's classes, made when
-a model is built. Two things differ: decoder layers run on a [`ResidualStream`] in place of `hidden_states`, whose `+`
-keeps the sublayers' outputs apart, and a submodule that is called with the stream receives a depth attention over them.
+The forward passes are those of the base model. Head, decoder and decoder layer are subclasses of the base's classes,
+made when a model is built. Two things differ: decoder layers run on a [`ResidualStream`] in place of `hidden_states`,
+whose `+` keeps the sublayers' outputs apart, and a submodule that is called with the stream receives the output of a
+depth attention over them.
 """
 
 import inspect
-from functools import cache
+from threading import RLock
 
 import torch
 import transformers
@@ -43,18 +44,25 @@ READ_NAMES = ("self_attention_res", "mlp_res", "second_mlp_res", "third_mlp_res"
 
 
 class OverBase:
-    """For classes of which a subclass is made for each base: `cls.over(base_class)` inherits from both."""
+    """Mixin for classes that are subclassed once per base class: `cls.over(base_class)` inherits from both."""
+
+    _classes: dict[tuple[type, type], type] = {}
+    _lock = RLock()
 
     @classmethod
-    @cache
     def over(cls, base_class: type) -> type:
-        try:
-            return cls._make_class(base_class)
-        except (AttributeError, TypeError) as error:
-            raise RuntimeError(
-                f"modeling_attnres does not work with transformers {transformers.__version__}: {error}. Install "
-                "transformers 5.24, or a newer modeling_attnres."
-            ) from error
+        if issubclass(cls, base_class):
+            return cls
+        with OverBase._lock:
+            if (cls, base_class) not in OverBase._classes:
+                try:
+                    OverBase._classes[cls, base_class] = cls._make_class(base_class)
+                except (AttributeError, TypeError) as error:
+                    raise RuntimeError(
+                        f"modeling_attnres does not work with transformers {transformers.__version__}: {error}. "
+                        "Install transformers 5.24, or a newer modeling_attnres."
+                    ) from error
+            return OverBase._classes[cls, base_class]
 
     @classmethod
     def _make_class(cls, base_class: type, name: str | None = None, **attributes) -> type:
@@ -62,6 +70,7 @@ class OverBase:
         return type(name or cls.__name__, (cls, base_class), {"__module__": cls.__module__, **attributes})
 
     def __reduce_ex__(self, protocol):
+        # These classes cannot be imported by name, so pickle and deepcopy make them again
         return new_over, type(self).__bases__, vars(self)
 
 
@@ -71,8 +80,8 @@ def new_over(cls: type, base_class: type) -> nn.Module:
 
 class AttnResDecoderLayer(OverBase, GradientCheckpointingLayer):
     r"""
-    A base's decoder layer on a [`ResidualStream`]. It adds the depth attentions `self_attention_res` and `mlp_res` (the
-    first and second read of the layer) and, in the last layer, `output_res`, which feeds the final norm.
+    The base's decoder layer, run on a [`ResidualStream`]. It adds the depth attentions `self_attention_res` and
+    `mlp_res` (the first and second read of the layer) and, in the last layer, `output_res`, which feeds the final norm.
 
     Between layers the decoder carries the stream. Hooks, gradient checkpointing and `forward` see its sources as
     positional tensors.
@@ -84,12 +93,16 @@ class AttnResDecoderLayer(OverBase, GradientCheckpointingLayer):
         forward = inspect.unwrap(base_class.forward)
         names = list(inspect.signature(forward).parameters)
         if len(names) < 2 or names[0] != "self" or names[1] in ("args", "kwargs"):
-            raise TypeError(f"`{base_class.__name__}.forward` starts with {names[:2]}, not with the hidden states")
+            raise TypeError(
+                f"the arguments of `{base_class.__name__}.forward` are {names}, not (self, hidden_states, ...)"
+            )
         return super()._make_class(base_class, base_forward=staticmethod(forward), argument_names=names[2:])
 
     def add_depth_attention(self, config: AttnResConfig, layer_idx: int) -> None:
         try:
             num_reads, self.num_outputs = trace(self, self.base_forward)
+            if num_reads > len(READ_NAMES):
+                raise TypeError(f"it reads the stream {num_reads} times, and at most {len(READ_NAMES)} are supported")
         except Exception as error:
             raise ValueError(
                 f"`base_model_type` is {config.base_model_type!r}, but `{type(self).__bases__[1].__name__}` is not a "
@@ -99,7 +112,7 @@ class AttnResDecoderLayer(OverBase, GradientCheckpointingLayer):
         self.is_full = config.attn_res_type == "full"
         self.is_block_boundary = layer_idx % config.attn_res_block_size == 0
         # The first read of the model has a single source, the embedding
-        self.read_names = READ_NAMES[layer_idx == 0 : num_reads]
+        self.read_names = READ_NAMES[1 if layer_idx == 0 else 0 : num_reads]
         device = next(self.parameters()).device
         for name in self.read_names:
             setattr(self, name, DepthAttention(config).to(device))
@@ -115,21 +128,21 @@ class AttnResDecoderLayer(OverBase, GradientCheckpointingLayer):
                 "environment, and start vLLM without `--model-impl`. Elsewhere, use tensor parallelism."
             )
         sources = hidden_states.sources if is_stream else (hidden_states,)
-        _, output, others, *sources = super().__call__(*sources, **dict(zip(self.argument_names, args)), **kwargs)
-        hidden_states = ResidualStream(tuple(sources)) if output is None else output
+        _, final, others, *sources = super().__call__(*sources, **dict(zip(self.argument_names, args)), **kwargs)
+        hidden_states = ResidualStream(tuple(sources)) if final is None else final
         return hidden_states if others is None else (hidden_states, *others)
 
     def forward(self, *sources: torch.Tensor, **kwargs) -> tuple:
         """
         Returns:
-            `tuple`: for `output_hidden_states`, the layer's first read and, in the last layer, the input of the final
-            norm; the base layer's other results, if it returns a tuple; the sources.
+            `tuple`: the layer's first read; `None`, or in the last layer the input of the final norm; the base layer's
+            other results, or `None` if it returns no tuple; the sources, but not in the last layer. The first two are
+            recorded for `output_hidden_states`.
         """
         reads = iter([getattr(self, name) for name in self.read_names])
         first = ResidualStream(sources, reads, self.is_block_boundary, self.is_full)
-        output = self.base_forward(Reader(self, call), first, **kwargs)
-        stream, *others = output if isinstance(output, tuple) else (output,)
-        others = others if isinstance(output, tuple) else None
+        result = self.base_forward(Reader(self, call), first, **kwargs)
+        stream, others = (result[0], result[1:]) if isinstance(result, tuple) else (result, None)
         if self.output_res is not None:
             return first.value, self.output_res(*stream.sources), others
         return first.value, None, others, *stream.sources
@@ -141,7 +154,7 @@ class AttnResPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["AttnResDecoderLayer"]
     _pp_plan = {}
-    # For callers that query the class (vLLM). A model has its base's
+    # Class-level defaults for callers such as vLLM. A model uses the values of its base
     _supports_attention_backend = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -149,14 +162,16 @@ class AttnResPreTrainedModel(PreTrainedModel):
 
 
 class AttnResOverBase(OverBase, AttnResPreTrainedModel):
-    """A model over a base's class. It builds the base, or takes over the modules of one that is given."""
+    """A model that inherits from a base model class. It builds the base, or takes over the modules of a given one."""
 
     _base_classes = None
 
     def __new__(cls, config: AttnResConfig, base: PreTrainedModel | None = None):
         base_config_class = CONFIG_MAPPING[config.base_model_type]
         if base is None and base_config_class not in cls._base_classes:
-            raise ValueError(f"`base_model_type` is {config.base_model_type!r}, which has no {cls._base_kind}.")
+            raise ValueError(
+                f"`base_model_type` is {config.base_model_type!r}, for which Transformers has no {cls._base_kind}."
+            )
         return new_over(cls, cls._base_classes[base_config_class] if base is None else type(base))
 
     def __init__(self, config: AttnResConfig, base: PreTrainedModel | None = None):
@@ -194,12 +209,12 @@ class AttnResModel(AttnResOverBase):
         base ([`PreTrainedModel`], *optional*): a decoder of the base whose modules the model takes over.
 
     Raises:
-        `ValueError`: the base's layers do something else with the residual stream than adding, scaling and reading.
+        `ValueError`: if the base's layers use the residual stream for anything other than adding, scaling and reading.
     """
 
     _auto_class = "AutoModel"
     _base_classes = MODEL_MAPPING
-    _base_kind = "decoder in transformers"
+    _base_kind = "decoder"
 
     def __init__(self, config: AttnResConfig, base: PreTrainedModel | None = None):
         super().__init__(config, base)
@@ -210,13 +225,11 @@ class AttnResModel(AttnResOverBase):
 
     @classmethod
     def _make_class(cls, base_class: type) -> type:
-        # Transformers looks up by class name how weights are stored, so the name depends on the base
+        # Transformers finds the layout of checkpoints by class name, so the name depends on the base
         name = f"AttnRes{base_class.__name__}"
         mapping = get_checkpoint_conversion_mapping(base_class.config_class.model_type)
         if mapping is not None:
-            register_checkpoint_conversion_mapping(
-                name, [without_wildcards(entry) for entry in mapping], overwrite=True
-            )
+            register_checkpoint_conversion_mapping(name, [escape_mlp(entry) for entry in mapping], overwrite=True)
         recorders = [OutputRecorder(AttnResDecoderLayer, i, capture_initial_hidden_state=False) for i in (0, 1)]
         recorded = {**(base_class._can_record_outputs or {}), "hidden_states": recorders}
         return super()._make_class(base_class, name=name, _can_record_outputs=recorded)
@@ -232,8 +245,8 @@ def decoder_layers(decoder: PreTrainedModel) -> nn.ModuleList:
     )
 
 
-def without_wildcards(entry):
-    """Transformers uses the target `.mlp.` as a regular expression too, which must not match `.mlp_res.`."""
+def escape_mlp(entry):
+    """Escapes `.mlp.`, which Transformers also uses as a regular expression. It would match `.mlp_res.`."""
     is_renaming = isinstance(entry, WeightRenaming) and entry.target_patterns == [".mlp."]
     return WeightRenaming(entry.source_patterns[0], r"\.mlp\.") if is_renaming else entry
 
@@ -249,7 +262,7 @@ class AttnResForCausalLM(AttnResOverBase, GenerationMixin):
 
     _auto_class = "AutoModelForCausalLM"
     _base_classes = MODEL_FOR_CAUSAL_LM_MAPPING
-    _base_kind = "causal language model in transformers"
+    _base_kind = "causal language model"
 
     def __init__(self, config: AttnResConfig, base: PreTrainedModel | None = None):
         super().__init__(config, base)
@@ -260,16 +273,16 @@ class AttnResForCausalLM(AttnResOverBase, GenerationMixin):
     @classmethod
     def from_base(cls, base: PreTrainedModel, **attn_res) -> "AttnResForCausalLM":
         r"""
-        Makes an AttnRes model of a loaded base. Its weights are shared, not copied, and the base is not usable
+        Creates an AttnRes model from a loaded base model. Its weights are shared, not copied. The base is not usable
         afterwards.
 
         Args:
             base ([`PreTrainedModel`]): a causal language model.
-            attn_res: the `attn_res_*` fields of [`AttnResConfig`] that differ from their defaults. As for `retrofit`,
-                the default of `attn_res_temperature` is `hidden_size / 128`.
+            attn_res: the `attn_res_*` fields of [`AttnResConfig`] that differ from their defaults. Here, the default of
+                `attn_res_temperature` is `hidden_size / 128`.
 
         Raises:
-            `ValueError`: the base is not a causal language model, or is not supported.
+            `ValueError`: if the base is not a causal language model, or is not supported.
         """
         base_config = base.config
         attn_res = {"attn_res_temperature": base_config.hidden_size / 128, **attn_res}
@@ -281,7 +294,7 @@ class AttnResForCausalLM(AttnResOverBase, GenerationMixin):
                 module.config = config
             # The weights are loaded, and must not be initialized again
             module._is_hf_initialized = True
-            # The recorders of hidden states are installed at the first use, for the classes of that time
+            # Recorders of hidden states that were installed for the base's layers
             vars(module).pop("_output_capturing_hooks_installed", None)
             for key, hook in list(module._forward_hooks.items()):
                 if hook.__module__ == OutputRecorder.__module__:
@@ -296,7 +309,7 @@ MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[AttnResConfig.model_type] = AttnResForCausalLM
 class AttnResGenericHead(AttnResPreTrainedModel):
     def __init__(self, config: AttnResConfig):
         super().__init__(config)
-        # The generic heads build their decoder by AutoModel, which may not know a configuration of remote code
+        # The generic heads build their decoder by AutoModel, to which a configuration of remote code is unknown
         if type(config) not in MODEL_MAPPING:
             AutoModel.register(type(config), AttnResModel)
 

@@ -11,16 +11,16 @@ import torch
 from torch import Tensor, fx, nn
 
 
-ADDITIONS = {operator.add, operator.iadd, torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__}
-MULTIPLICATIONS = {operator.mul, operator.imul, torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__}
+ADDITIONS = {operator.add, operator.iadd, torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__}
+MULTIPLICATIONS = {operator.mul, operator.imul, torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__, Tensor.__imul__}
 
 
 class ResidualStream:
     r"""
-    The residual stream as the sources of depth attention ([arXiv 2603.15031](https://arxiv.org/abs/2603.15031),
+    The residual stream, stored as the sources of depth attention ([arXiv 2603.15031](https://arxiv.org/abs/2603.15031),
     section 3). It takes the place of `hidden_states` in the forward of a base's decoder layer:
 
-    - `stream + output` opens a source or adds to the last one;
+    - `stream + output` appends `output` as a new source, or adds it to the last one;
     - `stream * number` scales every source;
     - a submodule that is called with the stream receives `stream.read()`.
 
@@ -49,7 +49,7 @@ class ResidualStream:
         self.value = None
 
     def read(self) -> Tensor:
-        """The depth attention over the sources. All submodules that are called with this stream share it."""
+        """The depth attention over the sources, computed once. A single source is returned as it is."""
         if self.value is None:
             self.value = self.sources[0] if len(self.sources) == 1 else next(self.reads)(*self.sources)
         return self.value
@@ -59,7 +59,7 @@ class ResidualStream:
         if isinstance(output, ResidualStream) or output.shape != self.shape:
             raise TypeError("a residual stream can only be added to a tensor of its own shape")
         if output.dtype != self.dtype:
-            # Autocast: as in the base's sum, the wider dtype wins
+            # Under autocast the output can have another dtype. As in a sum of tensors, the wider one is taken
             dtype = torch.promote_types(output.dtype, self.dtype)
             sources, output = tuple(source.to(dtype) for source in sources), output.to(dtype)
         if self.opens_source or self.is_full:
@@ -79,19 +79,23 @@ class ResidualStream:
 
     @classmethod
     def __torch_function__(cls, function: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None):
-        # `tensor + stream` arrives here, and under a compiler `stream + tensor` too. The methods are called by name,
-        # since `+` would come back here
+        # `tensor + stream` calls this method, and under a compiler `stream + tensor` too. The methods are called by
+        # name, because `+` would recurse
         if function in ADDITIONS and not kwargs:
             return args[0].__add__(args[1]) if isinstance(args[0], cls) else args[1].__add__(args[0])
         if function in MULTIPLICATIONS and not kwargs:
             return args[0].__mul__(args[1]) if isinstance(args[0], cls) else args[1].__mul__(args[0])
         name = getattr(function, "__name__", function)
-        raise TypeError(f"a residual stream can be added to, scaled and given to submodules, but not used in `{name}`")
+        raise TypeError(
+            f"a residual stream supports `+`, multiplication by a number and submodule calls, but not `{name}`"
+        )
 
     def __getattr__(self, name: str):
         if name.startswith("__"):
             raise AttributeError(name)
-        raise TypeError(f"a residual stream can be added to, scaled and given to submodules, but it has no `{name}`")
+        raise TypeError(
+            f"a residual stream supports `+`, multiplication by a number and submodule calls, but not `{name}`"
+        )
 
     shape = property(lambda self: self.sources[0].shape)
     dtype = property(lambda self: self.sources[0].dtype)
@@ -99,7 +103,10 @@ class ResidualStream:
 
 
 class Reader:
-    """`self` for the forward of a base's decoder layer. Submodules that are called with the stream receive its read."""
+    """
+    Replaces `self` in the forward of the base's decoder layer. Submodules that are called with the stream receive its
+    read. `call` calls a submodule; [`trace`] replaces it.
+    """
 
     def __init__(self, module: nn.Module, call: Callable):
         self._module = module
@@ -109,6 +116,7 @@ class Reader:
         value = getattr(self._module, name)
         if isinstance(value, nn.Module):
             return Reader(value, self._call)
+        # A helper method of the layer sees the reader as `self`, too
         return value.__func__.__get__(self) if inspect.ismethod(value) else value
 
     def __call__(self, *args, **kwargs):
@@ -124,10 +132,10 @@ def call(module: nn.Module, *args, **kwargs):
 
 
 class Symbol(fx.Proxy):
-    """Stands for a tensor in a forward that is run to see its structure."""
+    """Placeholder for a tensor while the forward of a layer is traced."""
 
     def __add__(self, other):
-        # As a tensor does, it leaves the sum to the stream
+        # `ResidualStream.__radd__` handles it
         return NotImplemented if isinstance(other, ResidualStream) else super().__add__(other)
 
     def __mul__(self, other):
@@ -142,27 +150,28 @@ class SymbolTracer(fx.proxy.GraphAppendingTracer):
         return self.proxy(self.graph.placeholder("symbol"))
 
     def to_bool(self, obj: fx.Proxy) -> bool:
+        # The result of a comparison of symbols: shapes and dtypes do not differ
         return False
 
 
 def trace(layer: nn.Module, forward: Callable) -> tuple[int, int]:
     """
-    Runs the forward of a base's decoder layer on symbols, without its submodules. This is the one place that determines
-    how many depth attentions a layer has: one for each state of the stream that a submodule is called with.
+    Runs the forward of a base's decoder layer on symbols, without its submodules. It determines how many depth
+    attentions the layer has: one for each state of the stream that a submodule is called with.
 
     Returns:
         `tuple[int, int]`: the numbers of reads, and of outputs that are added to the stream.
     """
     tracer, reads = SymbolTracer(fx.Graph()), []
 
-    def count(*sources):
+    def depth_attention(*sources):
         reads.append(sources)
         return tracer.symbol()
 
     parameters = list(inspect.signature(forward).parameters.values())[2:]
     required = [p.name for p in parameters if p.default is p.empty and p.kind == p.POSITIONAL_OR_KEYWORD]
     # Two sources, since a single one is read without a depth attention
-    stream = ResidualStream((tracer.symbol(), tracer.symbol()), repeat(count), is_full=True)
+    stream = ResidualStream((tracer.symbol(), tracer.symbol()), repeat(depth_attention), is_full=True)
     output = forward(Reader(layer, tracer.symbol), stream, **{name: tracer.symbol() for name in required})
     stream = output[0] if isinstance(output, tuple) else output
     if not isinstance(stream, ResidualStream):

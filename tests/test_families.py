@@ -150,6 +150,7 @@ def test_experts_run_and_compile_as_in_the_base(family, tokens):
 def test_mixtures_compile_without_a_graph_break(family, tokens):
     model = randomise_depth_attention(attnres_of(tiny_base(family), attn_res_block_size=2))
     input_ids = tokens["input_ids"][2:]
+    torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     actual, expected = compiled(input_ids, use_cache=False).logits, model(input_ids, use_cache=False).logits
     torch.testing.assert_close(actual, expected, rtol=0, atol=2e-5)
@@ -232,6 +233,5 @@ def test_phi3_changes_to_its_long_rope_as_its_base_does():
     base = tiny_base("phi3", rope_parameters=rope, original_max_position_embeddings=20, sliding_window=None)
     model = attnres_of(base, attn_res_block_size=2)
     prompt = torch.randint(1, 99, (2, 16), generator=torch.Generator().manual_seed(0))
-    # Without a cache: some versions of the base lose tokens when they renew theirs
-    expected = base.generate(prompt, max_new_tokens=12, do_sample=False, use_cache=False)
+    expected = base.generate(prompt, max_new_tokens=12, do_sample=False)
     assert torch.equal(model.generate(prompt, max_new_tokens=12, do_sample=False), expected)
