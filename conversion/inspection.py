@@ -117,15 +117,10 @@ class Inspection:
         parts = [f"{head}\n1 - entropy: 0 if all sources have equal weights, as in the base.", table]
         if self.loss_changes is not None:
             largest = self.loss_changes.nan_to_num(0).abs().flatten().argsort(descending=True)[:20].tolist()
-            rows = [
-                [
-                    self.sublayers[i],
-                    self.sources[j],
-                    f"{self.mean_weights[i, j]:.3f}",
-                    f"{self.loss_changes[i, j]:+.2e}",
-                ]
-                for i, j in (divmod(index, len(self.sources)) for index in largest)
-            ]
+            rows = []
+            for i, j in (divmod(index, len(self.sources)) for index in largest):
+                numbers = (f"{self.mean_weights[i, j]:.3f}", f"{self.loss_changes[i, j]:+.2e}")
+                rows.append([self.sublayers[i], self.sources[j], *numbers])
             parts.append("Change in loss without one source in one sublayer, largest first:")
             parts.append(_table(["sublayer", "without", "mean weight", "change in loss"], rows))
         return "\n\n".join(parts)
@@ -144,8 +139,7 @@ def inspect_checkpoint(
     Runs a text through an AttnRes checkpoint, in float32, and records its depth attention.
 
     Args:
-        checkpoint (`str` or `Path`):
-            folder or Hub id of an AttnRes causal language model, or of a PEFT adapter for one.
+        checkpoint (`str` or `Path`): folder or Hub id of an AttnRes causal language model or of a PEFT adapter for one.
         text (`str`, *optional*, defaults to a paragraph of English): the text.
         ablate (`bool`, *optional*, defaults to `False`):
             leave each source out of each sublayer, one at a time, and measure the loss: a forward pass for each. The

@@ -42,9 +42,8 @@ def model_card(
     config: AttnResConfig, auto_class: str, base: str, base_id: str | None, license: dict[str, Any], command: str
 ) -> str:
     """The card of a retrofit. All of it stays true when the retrofit is trained."""
-    task = _TASKS[auto_class]
     data = ModelCardData(
-        base_model=base_id, library_name="transformers", pipeline_tag=task, tags=["attnres"], **license
+        base_model=base_id, library_name="transformers", pipeline_tag=_TASKS[auto_class], tags=["attnres"], **license
     )
     sources = "each sublayer's output"
     if config.attn_res_type == "block":

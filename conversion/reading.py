@@ -25,7 +25,6 @@ TOKENIZER_CONFIG = "tokenizer_config.json"
 SPECIAL_TOKENS = "special_tokens_map.json"
 ADAPTER_CONFIG = "adapter_config.json"
 CARD = "README.md"
-QUERY = re.compile(r"(^|\.)layers\.\d+\.\w+_res\.query$")
 NEW_TENSOR = re.compile(r"(^|\.)layers\.\d+\.\w+_res\.(query|key_norm)$")
 
 # Weights in other formats and the state of a training run are not part of the checkpoint
@@ -48,11 +47,6 @@ class Checkpoint:
     def tensors(self) -> dict[str, dict]:
         """`dtype`, `shape` and `data_offsets` of each tensor, by name."""
         return {name: info for header in self.shards.values() for name, info in header.items()}
-
-    @property
-    def weight_map(self) -> dict[str, str]:
-        """The shard of each tensor, by name."""
-        return {name: shard for shard, header in self.shards.items() for name in header}
 
     @property
     def architecture(self) -> str:
@@ -85,12 +79,10 @@ def find_checkpoint(source: str | Path, revision: str | None = None) -> Path:
         return Path(snapshot_download(source, revision=revision, ignore_patterns=patterns))
     except errors.RevisionNotFoundError as error:
         raise FileNotFoundError(f"{source} has no revision {revision!r} on the Hub.") from error
-    except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
-        access = "If it is gated, accept its terms on its page; if it is gated or private, run `hf auth login`."
-        raise FileNotFoundError(f"{source} is not a local folder and not a readable Hub id. {access}") from error
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, errors.HTTPError) as error:
+    except (ConnectionError, FileNotFoundError, ValueError, errors.HTTPError) as error:
         raise FileNotFoundError(
-            f"{source} is not a local folder and not in the Hub cache, and the Hub cannot be reached."
+            f"{source} is not a local folder, not in the Hub cache, and cannot be read from the Hub. If it is gated, "
+            "accept its terms on its page; if it is gated or private, run `hf auth login`."
         ) from error
 
 
@@ -232,11 +224,10 @@ def _check_config(config: Any, path: Path) -> None:
             f"`transformers_weights` of {path} names a file of weights, {config['transformers_weights']!r}: rename "
             "that file to model.safetensors and remove the field."
         )
-    for name in ("attn_implementation", "experts_implementation"):
-        for field in (name, f"_{name}", f"_{name}_internal"):
-            # transformers would download a kernel named `owner/name` from the Hub and run it
-            if "/" in str(config.get(field)):
-                raise ValueError(f"`{field}` of {path} is {config[field]!r}, code from the Hub: remove the field.")
+    for field, value in config.items():
+        # transformers would download a kernel named `owner/name` from the Hub and run it
+        if re.fullmatch("_?(attn|experts)_implementation(_internal)?", field) and "/" in str(value):
+            raise ValueError(f"`{field}` of {path} is {value!r}, code from the Hub: remove the field.")
 
 
 def _check_tokenizer_config(config: Any, path: Path) -> None:

@@ -6,6 +6,7 @@ import re
 import shlex
 import warnings
 from importlib.util import find_spec
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from .reading import (
     read_checkpoint,
     read_json,
 )
-from .writing import check_copy, new_folder, parameter_count, place_files, shard_name, write_index, write_json
+from .writing import check_copy, new_folder, place_files, shard_name, write_index, write_json
 
 
 # The base's own files that a retrofit replaces are kept here, so that `revert` gives them back to the byte
@@ -63,15 +64,15 @@ def retrofit(
     Raises:
         `FileNotFoundError`: no such base, or its config.json, safetensors weights or a shard is missing.
         `FileExistsError`: the output exists already and is not an empty folder.
-        `ValueError`: an unsupported base, an impossible value, a damaged file, weights that are not complete or do not
-            fit, a base that is AttnRes already.
+        `ValueError`: an unsupported base, an impossible value, a damaged file, weights that are missing or do not fit.
         `ImportError`: the base's tokenizer needs a package that is not installed.
     """
     source = read_checkpoint(base, revision)
     config = _attnres_config(source, attn_res)
     config_json = _config_json(source, config)
     new = _new_tensors(source, config, config_json["architectures"][0])
-    tokenizer_config = _tokenizer_config(source)
+    path = source.folder / TOKENIZER_CONFIG
+    tokenizer_config = read_json(path) if path.is_file() else {}
     tokenizer_class = _tokenizer_class(source, tokenizer_config)
     code = code_files()
     ours = {CONFIG, INDEX, CARD, *(file.name for file in code)}
@@ -103,18 +104,15 @@ def retrofit(
 
 
 def summary(folder: Path) -> str:
-    """A retrofit in a sentence: base, layers, sources, new parameters."""
+    """A retrofit in a few words: base, layers, sources, new parameters."""
     checkpoint = read_checkpoint(folder)
     config = read_config(checkpoint)
-    sizes = {name: parameter_count(info) for name, info in checkpoint.tensors.items()}
+    sizes = {name: prod(info["shape"]) for name, info in checkpoint.tensors.items()}
     new = sum(size for name, size in sizes.items() if NEW_TENSOR.search(name))
     layers, size = config.num_hidden_layers, config.attn_res_block_size
     sources = "each sublayer's output" if config.attn_res_type == "full" else f"{-(-layers // size)} blocks of {size}"
-    exact = "computes" if config.attn_res_scale == "sum" else "does not compute"
-    return (
-        f"{config.base_model_type}, {layers} layers, {config.attn_res_type} ({sources}), {new:,} new parameters "
-        f"({new / sum(sizes.values()):.2%}); it {exact} what its base computes"
-    )
+    share = f"{new:,} new parameters ({new / sum(sizes.values()):.2%})"
+    return f"{config.base_model_type}, {layers} layers, {config.attn_res_type} ({sources}), {share}"
 
 
 def read_config(checkpoint: Checkpoint) -> AttnResConfig:
@@ -220,12 +218,8 @@ def _new_tensors(source: Checkpoint, config: AttnResConfig, architecture: str) -
         raise ValueError(
             f"The tensor {name!r} of {source.folder} has shape {list(shape)}, but {CONFIG} makes it {list(expected)}."
         )
-    for name in sorted(problems["missing_keys"]):
-        if not NEW_TENSOR.search(name):
-            raise ValueError(
-                f"{source.folder} has no tensor {name!r}, which {CONFIG} asks for: its weights are not complete, or "
-                "belong to another configuration."
-            )
+    if missing := sorted(name for name in problems["missing_keys"] if not NEW_TENSOR.search(name)):
+        raise ValueError(f"{source.folder} has no tensor {missing[0]!r}, which {CONFIG} asks for: they do not fit.")
     # transformers also loads a model with a head from the names of its bare decoder
     prefix = "" if any(name.startswith("model.") for name in source.tensors) else "model."
     return {
@@ -233,11 +227,6 @@ def _new_tensors(source: Checkpoint, config: AttnResConfig, architecture: str) -
         for name, parameter in model.named_parameters()
         if NEW_TENSOR.search(name)
     }
-
-
-def _tokenizer_config(source: Checkpoint) -> dict[str, Any]:
-    path = source.folder / TOKENIZER_CONFIG
-    return read_json(path) if path.is_file() else {}
 
 
 def _tokenizer_class(source: Checkpoint, content: dict[str, Any]) -> str | None:
@@ -248,13 +237,10 @@ def _tokenizer_class(source: Checkpoint, content: dict[str, Any]) -> str | None:
     folder = source.folder
     if not any(folder.glob("token*")) or "auto_map" in content:
         return None
-    only_sentencepiece = (folder / "tokenizer.model").is_file() and not (folder / "tokenizer.json").is_file()
-    if only_sentencepiece and find_spec("sentencepiece") is None:
+    is_sentencepiece = (folder / "tokenizer.model").is_file() and not (folder / "tokenizer.json").is_file()
+    if is_sentencepiece and find_spec("sentencepiece") is None:
         # transformers would try other packages, and the output would depend on the ones that are installed
-        raise ImportError(
-            f"The tokenizer of {folder} is a tokenizer.model alone, which needs the package sentencepiece: "
-            "`pip install sentencepiece protobuf`."
-        )
+        raise ImportError(f"{folder / 'tokenizer.model'} needs a package: `pip install sentencepiece protobuf`.")
     try:
         # The output must not depend on mistral-common being installed
         tokenizer = AutoTokenizer.from_pretrained(folder, mistral_format=False, trust_remote_code=False)

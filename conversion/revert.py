@@ -16,13 +16,12 @@ from .reading import (
     CONFIG,
     INDEX,
     NEW_TENSOR,
-    QUERY,
     SINGLE_SHARD,
     Checkpoint,
     read_attnres,
     read_weight_map,
 )
-from .retrofit import REPLACED, code_files
+from .retrofit import REPLACED, code_files, read_config
 from .writing import check_copy, new_folder, place_files, write_index, write_json
 
 
@@ -77,11 +76,11 @@ def revert(attnres: str | Path, output: str | Path, *, force: bool = False, revi
 def trained_queries(checkpoint: Checkpoint) -> list[str]:
     """The queries that are not zero."""
     trained = []
-    for name in sorted(filter(QUERY.search, checkpoint.tensors)):
-        with safe_open(checkpoint.folder / checkpoint.weight_map[name], framework="pt") as tensors:
-            if tensors.get_tensor(name).float().any():
-                trained.append(name)
-    return trained
+    for shard, header in checkpoint.shards.items():
+        queries = [name for name in filter(NEW_TENSOR.search, header) if name.endswith(".query")]
+        with safe_open(checkpoint.folder / shard, framework="pt") as tensors:
+            trained += [name for name in queries if tensors.get_tensor(name).float().any()]
+    return sorted(trained)
 
 
 def _base_names(checkpoint: Checkpoint, new: Collection[str]) -> list[str]:
@@ -110,11 +109,8 @@ def _write_shard(checkpoint: Checkpoint, shard: str, kept: Collection[str], targ
 
 def _base_config_json(checkpoint: Checkpoint) -> dict[str, Any]:
     """The base's config.json, of a checkpoint that transformers saved."""
-    base_model_type = checkpoint.config.get("base_model_type")
-    if str(base_model_type) not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        path = checkpoint.folder / CONFIG
-        raise ValueError(f"`base_model_type` of {path} is {base_model_type!r}, which transformers does not have.")
-    family = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[base_model_type].removesuffix("ForCausalLM")
+    base_model_type = read_config(checkpoint).base_model_type
+    family = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(base_model_type, "").removesuffix("ForCausalLM")
     kept = {n: value for n, value in checkpoint.config.items() if n not in ATTN_RES_FIELDS and n != "auto_map"}
     architecture = checkpoint.architecture.replace("AttnRes", family)
     return {**kept, "model_type": base_model_type, "architectures": [architecture]}

@@ -23,10 +23,6 @@ def new_folder(output: Path, source: Path) -> Iterator[Path]:
     """
     A hidden folder beside `output`. At the end of the block it is renamed to `output`; after an error it is removed. A
     killed process leaves it, and the next run warns of it.
-
-    Raises:
-        `FileExistsError`: `output` exists and is not an empty folder.
-        `ValueError`: `output` is in `source` or is the current folder.
     """
     # A link to a folder stays a link
     target = output.resolve()
@@ -77,22 +73,13 @@ def write_index(folder: Path) -> None:
     shards = {shard.name: read_header(shard) for shard in sorted(folder.glob("*.safetensors"))}
     tensors = [info for header in shards.values() for info in header.values()]
     size = sum(info["data_offsets"][1] - info["data_offsets"][0] for info in tensors)
-    metadata = {"total_parameters": sum(map(parameter_count, tensors)), "total_size": size}
+    metadata = {"total_parameters": sum(math.prod(info["shape"]) for info in tensors), "total_size": size}
     weight_map = {name: shard for shard, header in shards.items() for name in header}
     write_json(folder / INDEX, {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))})
 
 
-def parameter_count(info: dict) -> int:
-    return math.prod(info["shape"])
-
-
 def check_copy(source: Checkpoint, folder: Path, names: Iterable[str]) -> None:
-    """
-    Checks that the copy has these tensors of the source, and that the source did not change in the meantime.
-
-    Raises:
-        `ValueError`: it lacks one, or a process wrote to the source.
-    """
+    """Checks that the copy has these tensors of the source, and that the source did not change in the meantime."""
     written = read_checkpoint(folder).tensors
     changed = file_stamps(source.folder) != source.stamps
     if changed or any(written.get(n, {}).get("shape") != source.tensors[n]["shape"] for n in names):

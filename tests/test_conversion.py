@@ -342,7 +342,7 @@ def test_a_tokenizer_model_needs_sentencepiece(base_folder, tmp_path, monkeypatc
     for file in base_folder.glob("token*"):
         file.unlink()
     (base_folder / "tokenizer.model").write_bytes(b"")
-    with pytest.raises(ImportError, match="tokenizer.model alone, which needs the package sentencepiece"):
+    with pytest.raises(ImportError, match="tokenizer.model needs a package: `pip install sentencepiece"):
         retrofit(base_folder, tmp_path / "attnres")
     assert not (tmp_path / "attnres").exists()
 
@@ -576,10 +576,10 @@ def test_the_output_has_to_be_new_or_empty(tmp_path, monkeypatch):
 
 def test_what_is_neither_a_folder_nor_a_hub_id(tmp_path):
     for source in ("./no/such/folder", str(tmp_path / "nothing"), "a/b/c"):
-        with pytest.raises(FileNotFoundError, match="is not a local folder and not a readable Hub id"):
+        with pytest.raises(FileNotFoundError, match="is not a local folder, not in the Hub cache, and cannot"):
             retrofit(source, tmp_path / "attnres")
     with pytest.raises(
-        FileNotFoundError, match="^someone/base is not a local folder and not in the Hub cache, and the"
+        FileNotFoundError, match="^someone/base is not a local folder, not in the Hub cache, and cannot"
     ):
         retrofit("someone/base", tmp_path / "attnres")
     with pytest.raises(ValueError, match="`revision` is 'main'"):

@@ -55,15 +55,13 @@ def retrofit(
     output: Output,
     type: Annotated[Literal["block", "full"], typer.Option(help="Sources: sums of blocks, or every output.")] = "block",
     block_size: Annotated[
-        int | None, typer.Option(help="Decoder layers in a block.", show_default="for about 8 blocks")
+        int | None, typer.Option(help="Decoder layers in a block.", show_default="for 8 blocks")
     ] = None,
     scale: Annotated[
         Literal["sum", "mean"], typer.Option(help="'sum' equals the base at first; 'mean', the paper's, does not.")
     ] = "sum",
     norm_eps: Annotated[float, typer.Option(help="Epsilon of the keys' RMSNorm.")] = 1e-6,
-    temperature: Annotated[
-        float | None, typer.Option(help="Divisor of the logits.", show_default="hidden_size / 128")
-    ] = None,
+    temperature: Annotated[float | None, typer.Option(help="Divisor of the logits.", show_default="width/128")] = None,
     link: Annotated[bool, typer.Option("--link", help="Hard-link the base's weights, copy nothing.")] = False,
     revision: Revision = None,
 ):
