@@ -96,7 +96,7 @@ def test_base_tensors_are_unchanged_and_everything_else_comes_along(base_folder,
             assert (output / name).read_bytes() == before[name], name
     assert not (output / "pytorch_model.bin").exists()
     card = (output / "README.md").read_text()
-    assert "# base with Attention Residuals" in card and "base_model:" not in card, "a folder's name is no Hub id"
+    assert "# base with Attention Residuals" in card and "base_model:" not in card, "a folder's name is not a Hub id"
     assert "license: apache-2.0" in card and "# A base" not in card
 
     base_config, config = (json.loads((folder / "config.json").read_text()) for folder in (base_folder, output))
@@ -209,7 +209,7 @@ def test_verify_passes_a_retrofit_and_fails_another_model(tmp_path):
     assert result.passed and result.max_difference < 1e-5 * result.max_logit
 
     mean = verify(base, retrofit(base, tmp_path / "mean", attn_res_scale="mean"))
-    assert not mean.passed, "the paper's form is no exact retrofit"
+    assert not mean.passed, "the paper's form is not an exact retrofit"
     trained = randomise_depth_attention(AutoModelForCausalLM.from_pretrained(output), scale=0.01)
     trained.save_pretrained(tmp_path / "trained")
     result = verify(base, tmp_path / "trained")

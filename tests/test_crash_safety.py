@@ -31,7 +31,7 @@ def start_child(function, *arguments):
     if pid == 0:
         try:
             warnings.simplefilter("ignore")
-            # tqdm's own is shared between forks: who is killed with it would leave everyone else waiting for it
+            # tqdm's own lock is shared between forks: all would wait for a process that is killed with it
             tqdm.set_lock(threading.RLock())
             try:
                 answer = repr(function(*arguments))
@@ -223,7 +223,7 @@ def test_the_source_is_written_to_meanwhile(operation, tmp_path):
 
     def write():
         for shard in work.source.glob("*.safetensors"):
-            # As who saves does: another file by that name
+            # As saving does: another file by that name
             shutil.copy(shard, shard.with_suffix(".new"))
             with shard.with_suffix(".new").open("r+b") as file:
                 file.seek(-1, os.SEEK_END)

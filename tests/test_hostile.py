@@ -199,7 +199,7 @@ HOSTILE = {
     "config: a list": (text("config.json", lambda content: f"[{content}]"), "has no `model_type`"),
     "config: no text": (lambda folder: (folder / "config.json").write_bytes(b"\xff\xfe{}"), "is not valid JSON"),
     "config: half a surrogate pair": (config(name="\ud800"), "surrogates not allowed"),
-    "config: a size that is no number": (config(vocab_size="#"), INVALID),
+    "config: a size that is not a number": (config(vocab_size="#"), INVALID),
     "config: endless layers": (config(num_hidden_layers=10**18), "`num_hidden_layers` .* is 10{18}, but there are"),
     "config: endless labels": (config(num_labels=10**9), "`num_labels` .* is 10{9}, but can be at most"),
     "config: no layers": (config(num_hidden_layers=-1), "num_hidden_layers"),
