@@ -1,11 +1,11 @@
 # Copyright 2026 The modeling_attnres authors. Licensed under the Apache License, Version 2.0.
 """From a base checkpoint to an AttnRes checkpoint and back, on files; inspection; upload to the Hub."""
 
-from .inspect_checkpoint import inspect_checkpoint
+from .inspection import inspect_checkpoint, inspect_model
 from .push import push
 from .retrofit import retrofit
 from .revert import revert
 from .verify import verify
 
 
-__all__ = ["inspect_checkpoint", "push", "retrofit", "revert", "verify"]
+__all__ = ["inspect_checkpoint", "inspect_model", "push", "retrofit", "revert", "verify"]

@@ -1,7 +1,7 @@
 # Copyright 2026 The modeling_attnres authors. Licensed under the Apache License, Version 2.0.
 """
 Reading a checkpoint that may come from a stranger: its files are parsed, never loaded. Nothing outside of the folder
-is read, nothing is unpickled and no code is run. A `ValueError` or `FileNotFoundError` names what is wrong and where.
+is read, nothing is unpickled and no code is run. A `ValueError` or `FileNotFoundError` names the file and the problem.
 """
 
 import json
@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,42 +23,30 @@ SINGLE_SHARD = "model.safetensors"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 # Older tokenizers kept their special tokens here, and transformers adds them to the tokenizer's configuration
 SPECIAL_TOKENS = "special_tokens_map.json"
+ADAPTER_CONFIG = "adapter_config.json"
 CARD = "README.md"
+NEW_TENSOR = re.compile(r"(^|\.)layers\.\d+\.\w+_res\.(query|key_norm)$")
 
-# Weights in other formats and the state of a training run are no part of the checkpoint
+# Weights in other formats and the state of a training run are not part of the checkpoint
 _LEFT_BEHIND = ("*.bin", "*.ckpt", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.ot", "*.pt", "*.pth", "*.bin.index.json")
 _FOLDERS_LEFT_BEHIND = ("checkpoint-*", "runs")
-# Far more than any configuration has, and little enough for all code that walks through it
-_DEEPEST_JSON = 100
-_MOST_LABELS = 100_000
+# Far more than a configuration has, and few enough for all code that walks through it
+_MAX_JSON_DEPTH = 100
 
 
 @dataclass
 class Checkpoint:
-    """
-    A safetensors checkpoint on disk.
-
-    Attributes:
-        folder (`Path`): where it is.
-        config (`dict`): config.json.
-        shards (`dict[str, dict]`): header of each shard: `dtype`, `shape` and `data_offsets` of each tensor.
-        stamps (`dict[Path, tuple]`): inode, size and time of the last change of each file.
-    """
+    """A safetensors checkpoint on disk: folder, config.json, header of each shard, see [`file_stamps`]."""
 
     folder: Path
     config: dict[str, Any]
     shards: dict[str, dict[str, dict]]
     stamps: dict[Path, tuple[int, ...]]
 
-    @property
+    @cached_property
     def tensors(self) -> dict[str, dict]:
         """`dtype`, `shape` and `data_offsets` of each tensor, by name."""
         return {name: info for header in self.shards.values() for name, info in header.items()}
-
-    @property
-    def weight_map(self) -> dict[str, str]:
-        """The shard of each tensor, by name."""
-        return {name: shard for shard, header in self.shards.items() for name in header}
 
     @property
     def architecture(self) -> str:
@@ -79,63 +68,55 @@ class Checkpoint:
 
 
 def find_checkpoint(source: str | Path, revision: str | None = None) -> Path:
-    """
-    The folder of a checkpoint: a local folder as it is, the files of a Hub id by way of the Hub cache.
-
-    Raises:
-        `FileNotFoundError`: no such folder, and nothing by this name on the Hub or in its cache.
-        `ValueError`: a revision of a local folder.
-    """
+    """The folder of a checkpoint: a local folder as it is, or the files of a Hub id in the Hub cache."""
     source = str(source)
     if os.path.isdir(source):
         if revision is not None:
-            raise ValueError(
-                f"`revision` is {revision!r}, but {source} is a local folder, which has none: leave it out."
-            )
+            raise ValueError(f"`revision` is {revision!r}, but {source} is a local folder, which has none: remove it.")
         return Path(source)
-    nothing = f"{source} is neither a local folder nor a Hub id (`name` or `owner/name`)"
-    if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", source):
-        raise FileNotFoundError(f"{nothing}.")
     try:
         patterns = [*_LEFT_BEHIND, "original/*", "consolidated*"]
         return Path(snapshot_download(source, revision=revision, ignore_patterns=patterns))
-    except errors.GatedRepoError as error:
-        page = f"https://huggingface.co/{source}"
-        raise PermissionError(f"{source} is gated: accept its terms at {page}, then run `hf auth login`.") from error
     except errors.RevisionNotFoundError as error:
         raise FileNotFoundError(f"{source} has no revision {revision!r} on the Hub.") from error
-    except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
+    except (ConnectionError, FileNotFoundError, ValueError, errors.HTTPError) as error:
         raise FileNotFoundError(
-            f"{nothing} that can be read. If it is a private one, run `hf auth login` first."
-        ) from error
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, errors.HTTPError) as error:
-        raise FileNotFoundError(
-            f"{source} is no local folder, it is not in the Hub cache, and the Hub cannot be reached."
+            f"{source} is not a local folder, not in the Hub cache, and cannot be read from the Hub. If it is gated, "
+            "accept its terms on its page; if it is gated or private, run `hf auth login`."
         ) from error
 
 
-def hub_snapshot(folder: str | Path) -> tuple[str, str] | None:
-    """Hub id and commit of a folder in the Hub cache. Other folders have none, even if their name reads like one."""
-    path = Path(os.path.abspath(folder)).as_posix()
-    found = re.search(r"/models--([^/]+)/snapshots/([0-9a-f]{40})(?:/|$)", path)
-    return (found[1].replace("--", "/"), found[2]) if found else None
+def read_attnres(source: str | Path, revision: str | None = None) -> Checkpoint:
+    """Reads an AttnRes checkpoint, and refuses others."""
+    checkpoint = read_checkpoint(source, revision)
+    if (model_type := checkpoint.config["model_type"]) != "attnres":
+        raise ValueError(f"{checkpoint.folder} is not an AttnRes checkpoint: its `model_type` is {model_type!r}.")
+    return checkpoint
 
 
-def read_checkpoint(folder: Path) -> Checkpoint:
+def read_checkpoint(source: str | Path, revision: str | None = None) -> Checkpoint:
     """
     Reads config.json and the header of every shard, and checks that each shard is whole.
 
     Raises:
-        `FileNotFoundError`: no config.json, no safetensors weights, or a shard that the index names is missing.
-        `ValueError`: a file is not what it should be, for instance a truncated shard or a link out of the folder.
+        `FileNotFoundError`: no such folder or model, or config.json, the safetensors weights or a shard is missing.
+        `ValueError`: a file is damaged, has other content than its name says, or is a link out of the folder.
     """
+    folder = find_checkpoint(source, revision)
     for path in sorted(folder.rglob("*")):
         if path.is_symlink() and leads_out_of(folder, path):
-            raise ValueError(
-                f"{path} is a link out of the folder, to {os.path.realpath(path)}: put the file itself in its place."
-            )
+            raise ValueError(f"{path} is a link out of the folder, to {os.path.realpath(path)}: put the file there.")
+    if (folder / ADAPTER_CONFIG).exists():
+        raise ValueError(
+            f"{folder} holds a PEFT adapter: merge it into its base (`merge_and_unload`, then `save_pretrained`) and "
+            "use the merged checkpoint."
+        )
     stamps = file_stamps(folder)
-    _refuse_other_formats(folder)
+    if not any(folder.glob("*.safetensors")) and (gguf := sorted(folder.glob("*.gguf"))):
+        raise ValueError(
+            f"{folder} holds its weights in a GGUF file: load it with `AutoModelForCausalLM.from_pretrained(FOLDER, "
+            f'gguf_file="{gguf[0].name}")`, save it with `save_pretrained` and use the saved checkpoint.'
+        )
     config = read_json(folder / CONFIG)
     _check_config(config, folder / CONFIG)
     for name in (TOKENIZER_CONFIG, SPECIAL_TOKENS):
@@ -145,11 +126,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         shards = {SINGLE_SHARD: read_header(folder / SINGLE_SHARD)}
     elif (folder / INDEX).is_file():
         weight_map = read_weight_map(folder / INDEX)
-        shards = {}
-        for shard in sorted(set(weight_map.values())):
-            if not (folder / shard).is_file():
-                raise FileNotFoundError(f"{folder / INDEX} names the shard {shard!r}, which is not in the folder.")
-            shards[shard] = read_header(folder / shard)
+        shards = {shard: read_header(folder / shard) for shard in sorted(set(weight_map.values()))}
         for name, shard in weight_map.items():
             if name not in shards[shard]:
                 raise ValueError(f"{folder / INDEX} places the tensor {name!r} in {shard}, which does not hold it.")
@@ -169,43 +146,42 @@ def read_checkpoint(folder: Path) -> Checkpoint:
 
 
 def file_stamps(folder: Path) -> dict[Path, tuple[int, ...]]:
-    """What shows that a file was written to: inode, size and time of the last change."""
+    """Inode, size and time of the last change of each file: they differ after a file was written to."""
     files = {path: path.stat() for path in folder.rglob("*") if path.is_file()}
     return {path: (stat.st_ino, stat.st_size, stat.st_mtime_ns) for path, stat in files.items()}
 
 
-def leads_out_of(folder: str | Path, path: str | Path) -> bool:
-    """Whether a path leads out of its folder: a stranger's link can lead to any file of this machine."""
+def leads_out_of(folder: Path, path: Path) -> bool:
+    """Whether a link leads out of its folder. The Hub cache links each file of a snapshot to its content."""
     root, target = Path(os.path.realpath(folder)), Path(os.path.realpath(path))
-    # The Hub cache links each file of a snapshot to its content
     blobs = [ancestor.parent / "blobs" for ancestor in root.parents if ancestor.name == "snapshots"]
     return not any(own in target.parents for own in (root, *blobs))
 
 
 def read_header(shard: Path) -> dict[str, dict]:
-    """The header of a whole shard: its tensors lie side by side and fill the file."""
+    """The header of a whole shard: the safetensors library checks that its tensors fill the file."""
+    if not shard.is_file():
+        raise FileNotFoundError(f"The shard {shard} is missing.")
     try:
         with safe_open(shard, framework="numpy"):
             pass
     except SafetensorError as error:
         raise ValueError(f"{shard} is truncated or not a safetensors file: {error}") from error
     with shard.open("rb") as file:
-        # safetensors takes the last of two tensors of one name
         header = parse_json(file.read(int.from_bytes(file.read(8), "little")), f"The header of {shard}")
     header.pop("__metadata__", None)
     return header
 
 
 def read_weight_map(index: Path) -> dict[str, str]:
-    """The shard of each tensor, by name, as an index has it."""
+    """The shard of each tensor in an index, by name."""
     content = read_json(index)
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
         raise ValueError(f"{index} has no `weight_map` from tensor names to file names.")
     for shard in weight_map.values():
-        # `revert` also writes files by these names
         if Path(shard).name != shard or not shard.endswith(".safetensors"):
-            raise FileNotFoundError(f"{index} names the shard {shard!r}, which is not in the folder.")
+            raise ValueError(f"{index} names the shard {shard!r}, which is not the name of a safetensors file.")
     return weight_map
 
 
@@ -216,92 +192,58 @@ def read_json(path: Path) -> Any:
 
 
 def parse_json(text: bytes, origin: Path | str) -> Any:
-    """JSON that all readers understand in the same way."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        content = dict(pairs)
-        if len(content) < len(pairs):
-            names = [name for name, _ in pairs]
-            raise ValueError(f"{next(name for name in content if names.count(name) > 1)!r} is there twice")
-        return content
-
     try:
-        content = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
-        # Half of a surrogate pair can be read, but not written
-        json.dumps(content, ensure_ascii=False).encode("utf-8")
+        content = json.loads(text.decode("utf-8"))
+        _check_depth(content)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{origin} is not valid JSON: {error}") from error
-    level, depth = [content], 0
-    while level := [part for part in level if isinstance(part, (dict, list))]:
-        depth += 1
-        if depth > _DEEPEST_JSON:
-            raise ValueError(f"{origin} is nested more than {_DEEPEST_JSON} levels deep.")
-        level = [child for part in level for child in (part.values() if isinstance(part, dict) else part)]
     return content
 
 
-def _refuse_other_formats(folder: Path) -> None:
-    has_weights = any(folder.glob("*.safetensors"))
-    if (folder / "adapter_config.json").exists():
-        beside = " beside its weights, and transformers would load both" if (folder / CONFIG).exists() else ""
-        raise ValueError(
-            f"{folder} holds a PEFT adapter{beside}: merge it into its base (`merge_and_unload`, then "
-            "`save_pretrained`) and use the merged checkpoint."
-        )
-    if not has_weights and (gguf := next(iter(sorted(folder.glob("*.gguf"))), None)):
-        raise ValueError(
-            f"{folder} holds its weights in a GGUF file: load it with `AutoModelForCausalLM.from_pretrained(FOLDER, "
-            f'gguf_file="{gguf.name}")`, save it with `save_pretrained` and use the saved checkpoint.'
-        )
+def _check_depth(value: Any, depth: int = 0) -> None:
+    if depth > _MAX_JSON_DEPTH:
+        raise ValueError(f"it is nested more than {_MAX_JSON_DEPTH} levels deep")
+    if isinstance(value, (dict, list)):
+        for part in value.values() if isinstance(value, dict) else value:
+            _check_depth(part, depth + 1)
 
 
 def _check_config(config: Any, path: Path) -> None:
-    """Checks the parts of a configuration that are used before transformers validates them."""
+    """Checks the fields that are used before transformers validates them, and those that would load other files."""
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise ValueError(f"{path} has no `model_type`: it is not the configuration of a model.")
-    architectures, auto_map = config.get("architectures"), config.get("auto_map")
-    if architectures is not None and not (
-        isinstance(architectures, list) and all(isinstance(name, str) for name in architectures)
-    ):
-        raise ValueError(f"`architectures` of {path} is {architectures!r}, but it has to be a list of class names.")
-    if auto_map is not None and not isinstance(auto_map, dict):
-        raise ValueError(f"`auto_map` of {path} is {auto_map!r}, but it has to map Auto classes to class names.")
-    labels = config.get("num_labels")
-    if isinstance(labels, int) and not 0 <= labels <= _MOST_LABELS:
+    for field, kind in (("architectures", list), ("auto_map", dict)):
+        value = config.get(field) or kind()
+        if not isinstance(value, kind) or not all(isinstance(name, str) for name in value):
+            raise ValueError(f"`{field}` of {path} is {value!r}, but must be a {kind.__name__} of class names.")
+    if isinstance(labels := config.get("num_labels"), int) and labels > 100_000:
         # transformers makes a name for each
-        raise ValueError(f"`num_labels` of {path} is {labels}, but it can be at most {_MOST_LABELS}.")
-    positions = config.get("max_position_embeddings")
-    if isinstance(positions, int) and positions < 1:
-        raise ValueError(f"`max_position_embeddings` of {path} is {positions}, but it has to be at least 1.")
+        raise ValueError(f"`num_labels` of {path} is {labels}, but can be at most 100,000.")
     if config.get("transformers_weights") is not None:
         raise ValueError(
             f"`transformers_weights` of {path} names a file of weights, {config['transformers_weights']!r}: rename "
             "that file to model.safetensors and remove the field."
         )
-    for name in ("attn_implementation", "experts_implementation"):
-        for field in (name, f"_{name}", f"_{name}_internal"):
-            # transformers would download a kernel named `owner/name` from the Hub and run it
-            if "/" in str(config.get(field)):
-                raise ValueError(f"`{field}` of {path} is {config[field]!r}, code from the Hub: remove the field.")
+    for field, value in config.items():
+        # transformers would download a kernel named `owner/name` from the Hub and run it
+        if re.fullmatch("_?(attn|experts)_implementation(_internal)?", field) and "/" in str(value):
+            raise ValueError(f"`{field}` of {path} is {value!r}, code from the Hub: remove the field.")
 
 
 def _check_tokenizer_config(config: Any, path: Path) -> None:
-    """AutoTokenizer takes some fields as paths and opens them, wherever they lead."""
-    root = Path(os.path.realpath(path.parent))
+    """AutoTokenizer opens the files that some fields name, wherever they are."""
     if not isinstance(config, dict):
         raise ValueError(f"{path} is not the configuration of a tokenizer.")
+    root = Path(os.path.realpath(path.parent))
     for field, value in config.items():
         if field in ("mecab_kwargs", "sudachi_kwargs", "jumanpp_kwargs") and value:
             raise ValueError(f"`{field}` of {path} is {value!r}, options of another program: remove it.")
-        # Older tokenizers noted in this field where they were made, and nothing opens it
+        # Older tokenizers wrote this field, and nothing opens the file in it
         for name in [] if field == "special_tokens_map_file" else _texts(value):
             # The tokenizer's class decides whether it looks in the folder or in the current one
-            for file in (root / name, Path(name)):
-                if os.path.isfile(file) and root not in Path(os.path.abspath(file)).parents:
-                    raise ValueError(
-                        f"`{field}` of {path} names {name!r}, and {os.path.abspath(file)} is a file outside of the "
-                        "folder: remove it."
-                    )
+            for file in map(os.path.abspath, (root / name, name)):
+                if os.path.isfile(file) and root not in Path(file).parents:
+                    raise ValueError(f"`{field}` of {path} names {file}, a file outside of the folder: remove it.")
 
 
 def _texts(value: Any) -> Iterator[str]:

@@ -11,8 +11,7 @@ import torch
 from tqdm import tqdm
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-from .reading import TOKENIZER_CONFIG, Checkpoint, find_checkpoint, read_checkpoint
-from .retrofit import new_tensors_of
+from .reading import NEW_TENSOR, TOKENIZER_CONFIG, Checkpoint, read_attnres, read_checkpoint
 from .revert import trained_queries
 
 
@@ -27,14 +26,7 @@ TEXT = (
 
 @dataclass
 class Verification:
-    """
-    The result of [`verify`].
-
-    Attributes:
-        max_difference (`float`): largest difference between the logits of base and retrofit.
-        max_logit (`float`): largest logit of the base.
-        trained_queries (`int`): how many queries are not zero any more.
-    """
+    """Result of [`verify`]: largest difference of the logits, largest logit of the base, number of trained queries."""
 
     max_difference: float
     max_logit: float
@@ -75,12 +67,11 @@ def verify(base: str | Path, attnres: str | Path, *, revision: str | None = None
 
     Raises:
         `FileNotFoundError`: as for [`retrofit`].
-        `ValueError`: one of the two is not what it should be, or their tensors or tokenizers differ.
+        `ValueError`: one of the two is damaged or of the wrong type, or their tensors or tokenizers differ.
         `ImportError`: the base is quantized, and the package that reads such weights is not installed.
     """
-    source, checkpoint = read_checkpoint(find_checkpoint(base, revision)), read_checkpoint(find_checkpoint(attnres))
-    new = new_tensors_of(checkpoint)
-    _compare_tensors(source, checkpoint, new)
+    source, checkpoint = read_checkpoint(base, revision), read_attnres(attnres)
+    _compare_tensors(source, checkpoint)
     _compare_tokenizers(source, checkpoint)
     with tqdm(total=4, desc="Comparing", delay=1) as progress:
         expected = _logits(source, progress)
@@ -89,31 +80,19 @@ def verify(base: str | Path, attnres: str | Path, *, revision: str | None = None
         # torch's max keeps a NaN, Python's loses it
         max_difference=torch.stack([(a - e).abs().max() for a, e in zip(actual, expected)]).max().item(),
         max_logit=torch.stack([e.abs().max() for e in expected]).max().item(),
-        trained_queries=len(trained_queries(checkpoint, [name for name in new if name.endswith(".query")])),
+        trained_queries=len(trained_queries(checkpoint)),
     )
 
 
-def _compare_tensors(base: Checkpoint, attnres: Checkpoint, new: dict[str, list[int]]) -> None:
-    base_type, expected_type = base.config["model_type"], attnres.config["base_model_type"]
-    if base_type != expected_type:
-        raise ValueError(
-            f"{attnres.folder} has a base of type {expected_type!r}, but {base.folder} is of type {base_type!r}."
-        )
-
-    def described(tensors):
-        return {name: (info["dtype"], info["shape"]) for name, info in tensors.items()}
-
-    expected, actual = described(base.tensors), described(attnres.tensors)
-    problems = [f"{name} is missing" for name in expected.keys() | new.keys() if name not in actual]
-    problems += [f"{name} is not expected" for name in actual if name not in expected and name not in new]
-    problems += [
-        f"{name} is {actual[name]} and not {expected[name]}"
-        for name in expected.keys() & actual.keys()
-        if actual[name] != expected[name]
-    ]
-    if problems:
-        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise ValueError(f"The tensors of {attnres.folder} do not fit: {'; '.join(sorted(problems)[:5])}{more}.")
+def _compare_tensors(base: Checkpoint, attnres: Checkpoint) -> None:
+    actual, expected = attnres.config.get("base_model_type"), base.config["model_type"]
+    if actual != expected:
+        raise ValueError(f"{attnres.folder} has a base of type {actual!r}, but {base.folder} is of type {expected!r}.")
+    for name in sorted(base.tensors.keys() | attnres.tensors.keys()):
+        infos = [checkpoint.tensors.get(name) for checkpoint in (attnres, base)]
+        actual, expected = (f"{info['dtype']} {info['shape']}" if info else "missing" for info in infos)
+        if actual != expected and not NEW_TENSOR.search(name):
+            raise ValueError(f"The tensor {name} is {actual} in {attnres.folder}, but {expected} in {base.folder}.")
 
 
 def _compare_tokenizers(base: Checkpoint, attnres: Checkpoint) -> None:
@@ -129,7 +108,7 @@ def _compare_tokenizers(base: Checkpoint, attnres: Checkpoint) -> None:
     actual = AutoTokenizer.from_pretrained(attnres.folder, trust_remote_code=False)(TEXT).input_ids
     if actual != expected:
         raise ValueError(
-            f"The tokenizer of {attnres.folder} makes {actual[:8]}… of {TEXT!r}, and the base's {expected[:8]}…: copy "
+            f"The tokenizer of {attnres.folder} makes {actual[:8]}… of {TEXT!r}, but the base's {expected[:8]}…: copy "
             f"the base's tokenizer files, and name its class as `tokenizer_class` in {TOKENIZER_CONFIG}."
         )
 
@@ -138,13 +117,15 @@ def _logits(checkpoint: Checkpoint, progress: tqdm) -> list[torch.Tensor]:
     auto_class = AutoModelForCausalLM if checkpoint.architecture.endswith("ForCausalLM") else AutoModel
     try:
         # Never a pickle, even if one is in the folder
-        model = auto_class.from_pretrained(
-            checkpoint.folder, dtype=torch.float32, use_safetensors=True, return_dict=True
-        ).eval()
+        model, problems = auto_class.from_pretrained(
+            checkpoint.folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+        )
     except ImportError:
         raise
     except Exception as error:  # noqa: BLE001  a stranger's files: transformers may fail on them anywhere
         raise ValueError(f"{checkpoint.folder} cannot be loaded: {error}") from error
+    if missing := sorted(filter(NEW_TENSOR.search, problems["missing_keys"])):
+        raise ValueError(f"{checkpoint.folder} has no tensor {missing[0]!r}.")
     progress.update()
     if getattr(model, "is_quantized", False):
         # Kernels for quantized weights may round their inputs too
@@ -157,8 +138,8 @@ def _logits(checkpoint: Checkpoint, progress: tqdm) -> list[torch.Tensor]:
     tokens = torch.randint(model.config.vocab_size, (len(LENGTHS), longest), generator=generator)
     mask = torch.stack([torch.arange(longest) >= longest - length for length in LENGTHS])
     with torch.no_grad():
-        alone = [model(tokens[i : i + 1, -length:])[0] for i, length in enumerate(LENGTHS)]
-        padded = model(tokens, attention_mask=mask.long())[0]
+        alone = [model(tokens[i : i + 1, -length:], return_dict=True)[0] for i, length in enumerate(LENGTHS)]
+        padded = model(tokens, attention_mask=mask.long(), return_dict=True)[0]
     progress.update()
     # Logits at padding mean nothing
     return [*alone, padded[mask]]

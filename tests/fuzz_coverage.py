@@ -29,7 +29,7 @@ with atheris.instrument_imports(include=["modeling_attnres"]):
         TOKENIZER_CONFIG,
         read_checkpoint,
     )
-    from modeling_attnres.conversion.retrofit import new_tensors, read_config
+    from modeling_attnres.conversion.retrofit import _new_tensors, read_config
 
 import numpy as np
 from safetensors.numpy import save
@@ -73,7 +73,7 @@ def test_one(data: bytes):
     try:
         checkpoint = read_checkpoint(folder)
         if name == CONFIG:
-            new_tensors(read_config(checkpoint), "AttnResForCausalLM")
+            _new_tensors(checkpoint, read_config(checkpoint), "AttnResForCausalLM")
         outcomes[f"{name}: read"] += 1
     except (ValueError, OSError) as error:
         assert str(error)

@@ -75,12 +75,14 @@ def crash(count):
                             os.truncate(shard, shard.stat().st_size - 8)
 
                     counts["source vanished"] = crash_safety.fault_at_every_boundary(
-                        work, vanish, ("FileNotFoundError",)
+                        work, vanish, crash_safety.VANISHED
                     )
                     counts["source cut short"] = crash_safety.fault_at_every_boundary(work, cut, ("ValueError",))
                 for _ in range(count // 50):
-                    answers = Counter(answer.split(":")[0] for answer in crash_safety.race(work, runs=3))
-                    assert answers == {"'won'": 1, "FileExistsError": 2}, answers
+                    answers = [answer.split(":")[0] for answer in crash_safety.race(work, runs=3)]
+                    assert answers.count("'won'") == 1 and {*answers} <= {"'won'", "FileExistsError", "OSError"}, (
+                        answers
+                    )
                     assert work.check()
                 counts["three at once"] = count // 50
                 print(f"{operation.__name__}, {layout}: {dict(counts)}; killed after the end: {finished}", flush=True)

@@ -13,7 +13,7 @@ from test_conversion import file_bytes, save_base
 
 # A terminal wide enough for a message, without colors in the midst of it
 ENVIRONMENT = {**os.environ, "COLUMNS": "100", "NO_COLOR": "1", "TERM": "dumb"}
-COMMANDS = ("retrofit", "verify", "revert", "inspect", "push", "card")
+COMMANDS = ("retrofit", "verify", "revert", "inspect", "push")
 
 
 def attnres(*arguments, environment=ENVIRONMENT, command=("attnres",)):
@@ -50,9 +50,12 @@ def test_exits_with_1_and_one_line_where_something_is_wrong(tmp_path):
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "file").write_text("")
     mean = attnres("retrofit", base, tmp_path / "mean", "--scale", "mean")
-    assert "does not compute what its base does" in mean.stdout and "verify" not in mean.stdout
+    assert "With the scale 'mean' it differs from its base" in mean.stdout and "verify" not in mean.stdout
     for arguments, message in [
-        (("retrofit", tmp_path / "nothing", tmp_path / "out"), "neither a local folder nor a Hub id"),
+        (
+            ("retrofit", tmp_path / "nothing", tmp_path / "out"),
+            "is not a local folder, not in the Hub cache, and cannot",
+        ),
         (("retrofit", base, tmp_path / "taken"), "exists already and is not an empty folder"),
         (("retrofit", base, tmp_path / "out", "--block-size", 0), "Error: `attn_res_block_size` is 0"),
         (("verify", base, base), "is not an AttnRes checkpoint"),

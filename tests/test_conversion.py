@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from modeling_attnres import AttnResForCausalLM, AttnResModel
 from modeling_attnres.conversion import retrofit, revert, verify
 from modeling_attnres.conversion.verify import TEXT
+from modeling_attnres.conversion.writing import write_index
 
 
 CARD = "---\nlicense: apache-2.0\nlanguage: en\n---\n# A base\n"
@@ -36,7 +37,7 @@ def save_base(folder, family="llama", sharded=False, dtype=torch.bfloat16, **fie
     tokenizer = Tokenizer(models.WordLevel({"<unk>": 0, "word": 1}, unk_token="<unk>"))
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template="{{ messages }}").save_pretrained(folder)
     (folder / "README.md").write_text(CARD)
-    (folder / "LICENSE").write_text("the licence")
+    (folder / "LICENSE").write_text("the license")
     (folder / "pytorch_model.bin").write_bytes(b"a pickle")
     (folder / "additional_chat_templates").mkdir()
     (folder / "additional_chat_templates" / "tools.jinja").write_text("{{ tools }}")
@@ -95,7 +96,7 @@ def test_base_tensors_are_unchanged_and_everything_else_comes_along(base_folder,
             assert (output / name).read_bytes() == before[name], name
     assert not (output / "pytorch_model.bin").exists()
     card = (output / "README.md").read_text()
-    assert "# base with Attention Residuals" in card and "base_model:" not in card, "a folder's name is no Hub id"
+    assert "# base with Attention Residuals" in card and "base_model:" not in card, "a folder's name is not a Hub id"
     assert "license: apache-2.0" in card and "# A base" not in card
 
     base_config, config = (json.loads((folder / "config.json").read_text()) for folder in (base_folder, output))
@@ -194,7 +195,7 @@ def test_revert_refuses_trained_queries_unless_forced(base_folder, tmp_path):
     with torch.no_grad():
         model.model.layers[3].mlp_res.query[7] = 1e-30
     model.save_pretrained(tmp_path / "trained")
-    with pytest.raises(ValueError, match=r"1 of 10 queries are trained.*model\.layers\.3\.mlp_res\.query.*--force"):
+    with pytest.raises(ValueError, match=r"1 queries are trained.*model\.layers\.3\.mlp_res\.query.*--force"):
         revert(tmp_path / "trained", tmp_path / "reverted")
     assert not (tmp_path / "reverted").exists()
     revert(tmp_path / "trained", tmp_path / "reverted", force=True)
@@ -208,7 +209,7 @@ def test_verify_passes_a_retrofit_and_fails_another_model(tmp_path):
     assert result.passed and result.max_difference < 1e-5 * result.max_logit
 
     mean = verify(base, retrofit(base, tmp_path / "mean", attn_res_scale="mean"))
-    assert not mean.passed, "the paper's form is no exact retrofit"
+    assert not mean.passed, "the paper's form is not an exact retrofit"
     trained = randomise_depth_attention(AutoModelForCausalLM.from_pretrained(output), scale=0.01)
     trained.save_pretrained(tmp_path / "trained")
     result = verify(base, tmp_path / "trained")
@@ -341,7 +342,7 @@ def test_a_tokenizer_model_needs_sentencepiece(base_folder, tmp_path, monkeypatc
     for file in base_folder.glob("token*"):
         file.unlink()
     (base_folder / "tokenizer.model").write_bytes(b"")
-    with pytest.raises(ImportError, match="tokenizer.model alone, which needs the package sentencepiece"):
+    with pytest.raises(ImportError, match="tokenizer.model needs a package: `pip install sentencepiece"):
         retrofit(base_folder, tmp_path / "attnres")
     assert not (tmp_path / "attnres").exists()
 
@@ -380,28 +381,19 @@ def test_verify_compares_the_structure(tmp_path):
     base = save_base(tmp_path / "base")
     output = retrofit(base, tmp_path / "attnres")
     tensors = load_file(new_shard(output))
-    tensors["model.stray"] = torch.ones(2)
     del tensors["model.layers.4.output_res.query"]
-    save_file(tensors, new_shard(output), metadata={"format": "pt"})
-    index = json.loads((output / "model.safetensors.index.json").read_text())
-    del index["weight_map"]["model.layers.4.output_res.query"]
-    index["weight_map"]["model.stray"] = new_shard(output).name
-    (output / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(ValueError, match="output_res.query is missing; model.stray is not expected"):
-        verify(base, output)
+    for stray, message in [
+        ({"model.stray": torch.ones(2)}, r"model.stray is F32 \[2\] in .*attnres, but missing in .*base"),
+        ({}, "attnres has no tensor 'model.layers.4.output_res.query'"),
+    ]:
+        save_file({**tensors, **stray}, new_shard(output), metadata={"format": "pt"})
+        write_index(output)
+        with pytest.raises(ValueError, match=message):
+            verify(base, output)
     with pytest.raises(ValueError, match="is not an AttnRes checkpoint"):
         verify(base, base)
     with pytest.raises(ValueError, match="type 'llama'.*type 'qwen3'"):
         verify(save_base(tmp_path / "qwen3", "qwen3"), output)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_each_family(family, tmp_path):
-    base = save_base(tmp_path / "base", family, dtype=torch.float32)
-    output = retrofit(base, tmp_path / "attnres", attn_res_block_size=2)
-    assert verify(base, output).passed
-    revert(output, tmp_path / "reverted")
-    assert tensor_hashes(tmp_path / "reverted") == tensor_hashes(base)
 
 
 def test_a_decoder_without_a_head(tmp_path):
@@ -418,30 +410,11 @@ def test_a_decoder_without_a_head(tmp_path):
     assert file_bytes(tmp_path / "reverted") == file_bytes(tmp_path / "base")
 
 
-def test_a_quantised_base_keeps_its_tensors_and_its_quantization_config(tmp_path):
-    """As a quantiser leaves a checkpoint: int8 weights with scales beside them, norms in float."""
-    folder = save_base(tmp_path / "base", dtype=torch.float16)
-    tensors = load_file(folder / "model.safetensors")
-    for name in [name for name in tensors if name.endswith("proj.weight")]:
-        tensors[f"{name}_scale"] = tensors[name].abs().amax(1, keepdim=True) / 127
-        tensors[name] = (tensors[name] / tensors[f"{name}_scale"]).round().to(torch.int8)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "compressed-tensors", "format": "int-quantized"}
-    (folder / "config.json").write_text(json.dumps(config))
-
-    output = retrofit(folder, tmp_path / "attnres")
-    hashes = tensor_hashes(output)
-    assert {name: hashes[name] for name in tensors} == tensor_hashes(folder)
-    assert json.loads((output / "config.json").read_text())["quantization_config"] == config["quantization_config"]
-    revert(output, tmp_path / "reverted")
-    assert tensor_hashes(tmp_path / "reverted") == tensor_hashes(folder)
-
-
-def test_verify_of_a_quantised_base(tmp_path):
+def test_a_quantized_base(tmp_path):
     """fp8 weights with scales beside them, which transformers turns back into bfloat16 where there is no GPU."""
     fields = {"hidden_size": 128, "intermediate_size": 128, "head_dim": 32}
     folder = save_base(tmp_path / "base", **fields, attention_bias=False, mlp_bias=False)
+    (folder / "pytorch_model.bin").unlink()
     tensors = load_file(folder / "model.safetensors")
     for name in [name for name in tensors if name.endswith("proj.weight")]:
         scale = tensors[name].float().abs().max() / 448
@@ -451,8 +424,12 @@ def test_verify_of_a_quantised_base(tmp_path):
     fp8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128], "dequantize": True}
     spoil_config(folder, quantization_config=fp8)
     output = retrofit(folder, tmp_path / "attnres")
+    hashes = tensor_hashes(output)
+    assert {name: hashes[name] for name in tensors} == tensor_hashes(folder)
+    assert json.loads((output / "config.json").read_text())["quantization_config"] == fp8
     assert verify(folder, output).passed
     assert not verify(folder, retrofit(folder, tmp_path / "mean", attn_res_scale="mean")).passed
+    assert file_bytes(revert(output, tmp_path / "reverted")) == file_bytes(folder)
 
 
 def spoil_config(folder, **fields):
@@ -510,8 +487,8 @@ DAMAGE = {
         ValueError,
         "only a causal language model",
     ),
-    "other weights": (other_weights, ValueError, "holds no tensor 'lm_head.weight'"),
-    "adapter": (lambda f: (f / "adapter_config.json").write_text("{}"), ValueError, "holds a PEFT adapter beside its"),
+    "other weights": (other_weights, ValueError, "has no tensor 'lm_head.weight'"),
+    "adapter": (lambda f: (f / "adapter_config.json").write_text("{}"), ValueError, "holds a PEFT adapter"),
     "only a GGUF": (only_gguf, ValueError, 'holds its weights in a GGUF file.*gguf_file="model.gguf"'),
 }
 
@@ -537,11 +514,11 @@ def test_an_index_has_to_fit_its_shards(tmp_path):
     with pytest.raises(ValueError, match=f"'model.norm.weight' in {shards[0]}"):
         retrofit(folder, tmp_path / "attnres")
     index_file.write_text(json.dumps({**index, "weight_map": {"a": "../outside.safetensors"}}))
-    with pytest.raises(FileNotFoundError, match="names the shard '../outside.safetensors'"):
+    with pytest.raises(ValueError, match="names the shard '../outside.safetensors'"):
         retrofit(folder, tmp_path / "attnres")
     index_file.write_text(json.dumps(index))
     (folder / shards[1]).unlink()
-    with pytest.raises(FileNotFoundError, match=f"names the shard '{shards[1]}'"):
+    with pytest.raises(FileNotFoundError, match=f"The shard .*{shards[1]} is missing"):
         retrofit(folder, tmp_path / "attnres")
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
 
@@ -575,10 +552,10 @@ def test_the_output_has_to_be_new_or_empty(tmp_path, monkeypatch):
 
 def test_what_is_neither_a_folder_nor_a_hub_id(tmp_path):
     for source in ("./no/such/folder", str(tmp_path / "nothing"), "a/b/c"):
-        with pytest.raises(FileNotFoundError, match="neither a local folder nor a Hub id"):
+        with pytest.raises(FileNotFoundError, match="is not a local folder, not in the Hub cache, and cannot"):
             retrofit(source, tmp_path / "attnres")
     with pytest.raises(
-        FileNotFoundError, match="^someone/base is no local folder, it is not in the Hub cache, and the"
+        FileNotFoundError, match="^someone/base is not a local folder, not in the Hub cache, and cannot"
     ):
         retrofit("someone/base", tmp_path / "attnres")
     with pytest.raises(ValueError, match="`revision` is 'main'"):
@@ -622,7 +599,6 @@ def test_two_gigabytes_are_converted_in_little_memory(tmp_path):
     )
     retrofitted, with_600_more = map(int, process.stdout.split())
     assert retrofitted < 500 and with_600_more > 600, f"{retrofitted} MB, {with_600_more} MB: the measure works"
-    assert "Copying: 100%" in process.stderr, "a long copy shows its progress"
     for number in range(1, 5):
         digests = []
         for path, count in [(folder, 4), (tmp_path / "attnres", 5)]:
@@ -640,14 +616,5 @@ def test_an_option_out_of_range_blames_the_option(tmp_path):
     with pytest.raises(ValueError) as error:
         retrofit(base, tmp_path / "attnres", attn_res_block_size=0)
     assert "`attn_res_block_size` is 0" in str(error.value) and "config.json" not in str(error.value)
-    with pytest.raises(TypeError, match="`block_size` is no option of a retrofit.*attn_res_block_size"):
+    with pytest.raises(TypeError, match="`block_size` is not an option of a retrofit.*attn_res_block_size"):
         retrofit(base, tmp_path / "attnres", block_size=2)
-
-
-def test_a_retrofit_depends_on_nothing_but_its_source(tmp_path):
-    """The same input and options give the same bytes."""
-    folder = save_base(tmp_path / "base", sharded=True)
-    first, second = retrofit(folder, tmp_path / "first"), retrofit(folder, tmp_path / "second")
-    assert file_bytes(first) == file_bytes(second)
-    assert not any(str(tmp_path).encode() in content for content in file_bytes(first).values())
-    assert all(Path(name).name != ".git" for name in file_bytes(first))

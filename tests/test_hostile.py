@@ -1,4 +1,4 @@
-"""Files from strangers: what lies in them is refused, nothing outside of source and target is touched, nothing runs."""
+"""Files from strangers: hostile content is refused, nothing outside of source and target is touched, nothing runs."""
 
 import json
 import os
@@ -96,12 +96,6 @@ def overlap(text, header):
     return json.dumps(header)
 
 
-def twice(text, header):
-    """One name, the same bytes, another dtype: a reader takes the first or the last."""
-    other = {**header[NORM], "dtype": "F16"}
-    return f"{text[:-1]}, {json.dumps(NORM)}: {json.dumps(other)}}}"
-
-
 def length(number):
     def spoil(folder):
         with (folder / "model.safetensors").open("r+b") as file:
@@ -148,26 +142,17 @@ def empty_tensor(header, shape):
     return json.dumps({**header, "zzz": {"dtype": "F32", "shape": shape, "data_offsets": [end, end]}})
 
 
-MISSHAPEN = r"has the shape \[.*\], but config.json makes it"
 NOT_WHOLE = "truncated or not a safetensors file"
 INVALID = "config.json is not a valid configuration"
 HOSTILE = {
     "header: negative offset": (info(data_offsets=[-64, 0]), NOT_WHOLE),
     "header: offset beyond the file": (info(data_offsets=[0, 2**62]), NOT_WHOLE),
-    "header: offset beyond 64 bits": (info(data_offsets=[0, 2**70]), NOT_WHOLE),
-    "header: offsets the wrong way round": (info(data_offsets=[64, 0]), NOT_WHOLE),
     "header: overlapping tensors": (raw_header(overlap), NOT_WHOLE),
     "header: shape and offsets differ": (info(shape=[2**20]), NOT_WHOLE),
-    "header: a shape that overflows": (info(shape=[2**40, 2**40]), NOT_WHOLE),
-    "header: negative shape": (info(shape=[-32]), NOT_WHOLE),
     "header: unknown dtype": (info(dtype="BF17"), NOT_WHOLE),
-    "header: dtype of a wrong type": (info(dtype=5), NOT_WHOLE),
-    "header: one name twice": (raw_header(twice), f"{NORM}' is there twice"),
     "header: no object": (raw_header(lambda text, header: "[]"), NOT_WHOLE),
     "header: deep": (raw_header(lambda text, header: "[" * 10**5), NOT_WHOLE),
     "header: longer than the file": (length(2**40), NOT_WHOLE),
-    "header: of 2^64 - 1 bytes": (length(2**64 - 1), NOT_WHOLE),
-    "header: of no bytes": (length(0), NOT_WHOLE),
     "weights: a pickle by that name": (
         lambda folder: (folder / "model.safetensors").write_bytes(pickle.dumps({"a": 1})),
         NOT_WHOLE,
@@ -176,18 +161,13 @@ HOSTILE = {
         lambda folder: [(folder / "model.safetensors").unlink(), (folder / "model.safetensors").mkdir()],
         "model.safetensors",
     ),
-    "weights: a tensor is missing": (without("1.mlp.up_proj.w"), "holds no tensor 'model.layers.1.mlp.up_proj.weight'"),
-    "weights: no head": (config(tie_word_embeddings=False), "holds no tensor 'lm_head.weight'"),
-    "weights: no last norm": (without(NORM), f"holds no tensor '{NORM}'"),
-    "config: a layer more than the weights": (config(num_hidden_layers=3), r"holds no tensor 'model.layers.2\."),
+    "weights: a tensor is missing": (without("1.mlp.up_proj.w"), "has no tensor 'model.layers.1.mlp.up_proj.weight'"),
+    "weights: no head": (config(tie_word_embeddings=False), "has no tensor 'lm_head.weight'"),
+    "weights: no last norm": (without(NORM), f"has no tensor '{NORM}'"),
+    "config: a layer more than the weights": (config(num_hidden_layers=3), r"has no tensor 'model.layers.2\."),
     "config: weights by another name": (
         config(transformers_weights="tokenizer.json"),
         "`transformers_weights` of .* names a file of weights, 'tokenizer.json'",
-    ),
-    "config: no positions": (config(max_position_embeddings=0), "`max_position_embeddings` .* is 0"),
-    "header: a shape that no number counts": (
-        raw_header(lambda text, header: empty_tensor(header, [0, 2**63])),
-        "No model can be built",
     ),
     "header: strides that no number counts": (
         raw_header(lambda text, header: empty_tensor(header, [0, 2**62, 2**62])),
@@ -198,41 +178,40 @@ HOSTILE = {
             {**load_file(folder / "model.safetensors"), "model.layers.0.mlp_res.query": torch.zeros(32)},
             folder / "model.safetensors",
         ),
-        "already holds a tensor 'model.layers.0.mlp_res.query'",
+        "has a tensor 'model.layers.0.mlp_res.query' already",
     ),
     "tokenizer config: a path in a library's options": (
         lambda folder: [
             (folder.parent / "spiece.model").write_text(""),
             tokenizer(sp_model_kwargs={"model_file": "../spiece.model"})(folder),
         ],
-        "`sp_model_kwargs` of .* names '../spiece.model', and .*spiece.model is a file outside",
+        "`sp_model_kwargs` of .* names .*/spiece.model, a file outside",
     ),
     "tokenizer config: another program's options": (
         tokenizer(mecab_kwargs={"mecab_option": "-r /etc/passwd"}),
         "`mecab_kwargs` of .*, options of another program",
     ),
-    "config: one key twice": (
-        text("config.json", lambda content: content.replace("{", '{"model_type": "mistral",', 1)),
-        "config.json is not valid JSON: 'model_type' is there twice",
+    "config: nested deep": (
+        text("config.json", nested(150)),
+        "config.json is not valid JSON: it is nested more than 100 levels",
     ),
-    "config: nested deep": (text("config.json", nested(150)), "config.json is nested more than 100 levels"),
     "config: nested deeper": (text("config.json", nested(10**6)), "config.json is not valid JSON"),
     "config: a list": (text("config.json", lambda content: f"[{content}]"), "has no `model_type`"),
     "config: no text": (lambda folder: (folder / "config.json").write_bytes(b"\xff\xfe{}"), "is not valid JSON"),
-    "config: half a surrogate pair": (config(name="\ud800"), "config.json is not valid JSON.*surrogates"),
-    "config: a size that is no number": (config(vocab_size="#"), INVALID),
+    "config: half a surrogate pair": (config(name="\ud800"), "surrogates not allowed"),
+    "config: a size that is not a number": (config(vocab_size="#"), INVALID),
     "config: endless layers": (config(num_hidden_layers=10**18), "`num_hidden_layers` .* is 10{18}, but there are"),
-    "config: endless labels": (config(num_labels=10**9), "`num_labels` .* is 10{9}, but it can be at most"),
+    "config: endless labels": (config(num_labels=10**9), "`num_labels` .* is 10{9}, but can be at most"),
     "config: no layers": (config(num_hidden_layers=-1), "num_hidden_layers"),
     "config: other experts": (
         lambda folder: [shutil.rmtree(folder), save_base(folder, "mixtral"), config(num_local_experts=8)(folder)],
-        "has the shape|holds no tensor|No model can be built",
+        "has shape|has no tensor|No model can be built",
     ),
     "config: endless width": (config(hidden_size=2**40), "shape|No model can be built"),
     "config: endless vocabulary": (config(vocab_size=10**15), "shape|No model can be built"),
     "config: endless heads": (config(num_attention_heads=2**62), "shape|No model can be built|not a valid"),
     "config: no heads": (config(num_attention_heads=0), "No model can be built|not a valid"),
-    "config: another width": (config(intermediate_size=99), r"has the shape \[32, 48\], but config.json makes it"),
+    "config: another width": (config(intermediate_size=99), r"has shape \[32, 48\], but config.json makes it"),
     "config: width of a wrong type": (config(hidden_size="32"), INVALID),
     "config: width null": (config(hidden_size=None), INVALID),
     "config: rope of a wrong type": (config(rope_parameters=[1]), f"{INVALID}|No model can be built"),
@@ -253,7 +232,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("case", HOSTILE)
-def test_what_lies_is_refused(case, base, tmp_path):
+def test_hostile_files_are_refused(case, base, tmp_path):
     spoil, message = HOSTILE[case]
     spoil(base)
     before = file_bytes(tmp_path)
@@ -290,7 +269,7 @@ def forget_a_shard(folder):
 
 
 HOSTILE_INDEX = {
-    "a shard that it does not name": (forget_a_shard, "holds no tensor"),
+    "a shard that it does not name": (forget_a_shard, "has no tensor"),
     "a file outside": (index(a="../elsewhere/secret"), "names the shard '../elsewhere/secret'"),
     "an absolute path": (lambda folder: index(a=str(folder / "config.json"))(folder), "names the shard '/"),
     "the folder": (index(a="."), "names the shard '.'"),
@@ -301,16 +280,12 @@ HOSTILE_INDEX = {
     "a name of a wrong type": (index(a=5), "has no `weight_map`"),
     "a list": (lambda folder: (folder / INDEX).write_text("[]"), "has no `weight_map`"),
     "no weight_map": (lambda folder: (folder / INDEX).write_text("{}"), "has no `weight_map`"),
-    "one key twice": (
-        text(INDEX, lambda content: content.replace("{", '{"weight_map": {},', 1)),
-        "is not valid JSON: 'weight_map' is there twice",
-    ),
     "one tensor in two shards": (second_shard_again, "holds a tensor twice"),
 }
 
 
 @pytest.mark.parametrize("case", HOSTILE_INDEX)
-def test_an_index_that_lies_is_refused(case, sharded, secret, tmp_path):
+def test_hostile_indexes_are_refused(case, sharded, secret, tmp_path):
     spoil, message = HOSTILE_INDEX[case]
     spoil(sharded)
     before = file_bytes(tmp_path)
@@ -339,7 +314,7 @@ LINKS = {
     "weights": "model.safetensors",
     "config": "config.json",
     "tokenizer": "tokenizer.json",
-    "licence": "LICENSE",
+    "license": "LICENSE",
     "another file": "notes.txt",
     "in a folder": "additional_chat_templates/other.jinja",
     "card": "README.md",
@@ -413,7 +388,7 @@ def test_paths_in_a_tokenizer_s_configuration_are_not_followed(tokenizer_class, 
                         number += 1
                         retrofit(base, tmp_path / str(number))
                     else:
-                        with pytest.raises(ValueError, match=f"`{field}` of .* is a file outside of the folder"):
+                        with pytest.raises(ValueError, match=f"`{field}` of .*, a file outside of the folder"):
                             retrofit(base, tmp_path / "output")
                 assert not was_read(secret), (field, path)
         (base / "tokenizer.json").unlink(missing_ok=True)
@@ -428,7 +403,7 @@ def test_a_file_of_the_current_folder_is_not_read_behind_one_of_the_checkpoint_s
     fields = {"tokenizer_class": "BertTokenizer", "vocab": "decoy.json"}
     (base / "tokenizer_config.json").write_text(json.dumps(fields))
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match=f"`vocab` of .* {re.escape(str(tmp_path / 'decoy.json'))} is a file outside"):
+    with pytest.raises(ValueError, match=f"`vocab` of .* {re.escape(str(tmp_path / 'decoy.json'))}, a file outside"):
         retrofit(base, tmp_path / "output")
     assert not was_read(tmp_path / "decoy.json")
 
@@ -527,13 +502,6 @@ def base_index(content):
 
 
 HOSTILE_ATTNRES = {
-    "architectures: another class of the package": (
-        config(architectures=["DepthAttention"]),
-        "'DepthAttention', which is no AttnRes model",
-    ),
-    "architectures: a private name": (config(architectures=["__loader__"]), "which is no AttnRes model"),
-    "an unsupported base": (config(base_model_type="bloom"), "not the residual stream"),
-    "base_model_type of a wrong type": (config(base_model_type=["llama"]), "is not a valid configuration"),
     "endless layers": (config(num_hidden_layers=10**12), "`num_hidden_layers`"),
     "the base's index: no weight_map": (base_index("{}"), "has no `weight_map`"),
     "the base's index: not JSON": (base_index("{"), "is not valid JSON"),
@@ -573,12 +541,12 @@ CARDS = {
 
 
 @pytest.mark.parametrize("card", CARDS)
-def test_a_broken_model_card_loses_its_licence_and_nothing_else(card, base, tmp_path):
+def test_a_broken_model_card_loses_its_license_and_nothing_else(card, base, tmp_path):
     (base / "README.md").write_bytes(CARDS[card])
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         output = retrofit(base, tmp_path / "output")
-    assert card == "wide" or any("license was not taken over" in str(warning.message) for warning in caught)
+    assert card == "wide" or any("new card has no license" in str(warning.message) for warning in caught)
     assert (output / "attnres_base" / "README.md").read_bytes() == CARDS[card]
     assert "# base with Attention Residuals" in (output / "README.md").read_text()
 
@@ -599,7 +567,7 @@ def test_names_of_ours_in_the_source_do_not_take_our_place(base, tmp_path):
     assert reverted == {name: content for name, content in file_bytes(base).items() if not name.endswith(".bin")}
     (base / "attnres_base").mkdir()
     (base / "attnres_base" / "notes.txt").write_text("")
-    with pytest.raises(ValueError, match="attnres_base is in the way"):
+    with pytest.raises(ValueError, match="Rename .*attnres_base"):
         retrofit(base, tmp_path / "another")
     assert not (tmp_path / "another").exists()
 

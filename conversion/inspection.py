@@ -1,0 +1,217 @@
+# Copyright 2026 The modeling_attnres authors. Licensed under the Apache License, Version 2.0.
+"""Inspect: the weights of depth attention on a text, and the effect of each source on the loss."""
+
+import html
+import json
+from dataclasses import dataclass
+from math import inf
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from modeling_attnres.probing import depth_attentions, depth_sources, masked_sources, recorded_weights
+
+from .reading import ADAPTER_CONFIG, CONFIG, find_checkpoint, read_attnres, read_json
+
+
+TEXT = """The river comes down from the hills in spring, when the snow melts, and for some weeks the lower fields stand
+under water. Farmers here have known it for as long as anyone can remember, and they build their houses on the high
+ground. In 1911 an engineer proposed a dam. He drew it with care, counted the cost, and was sent home: the flood, he was
+told, brings the soil in which everything grows. "What would you have us plant," an old woman asked him, "in your dry
+fields?" He had no answer, and the river still comes down every spring.
+"""
+
+
+@dataclass
+class Inspection:
+    """
+    The depth attention of a model on a text. Its text form is a table, in a notebook it is shown as a page.
+
+    Args:
+        name (`str`): the name of the checkpoint.
+        sublayers (`list[str]`): the sublayers that read the sources, in order; the rows of the tensors below.
+        sources (`list[str]`): the sources; the columns.
+        tokens (`list[str]`): the text.
+        loss (`float`): mean loss on the text.
+        weights (`torch.Tensor` of shape `(sublayers, tokens, sources)`): NaN at sources that a sublayer does not have.
+        query_norms (`torch.Tensor` of shape `(sublayers,)`): the distance of each query from zero, its first value.
+        loss_changes (`torch.Tensor` of shape `(sublayers, sources)`, *optional*):
+            the growth of the loss without one source in one sublayer, with the other weights renormalized.
+    """
+
+    name: str
+    sublayers: list[str]
+    sources: list[str]
+    tokens: list[str]
+    loss: float
+    weights: torch.Tensor
+    query_norms: torch.Tensor
+    loss_changes: torch.Tensor | None = None
+
+    @property
+    def counts(self) -> torch.Tensor:
+        """`(sublayers,)`: the number of sources of each sublayer."""
+        return (~self.weights[:, 0].isnan()).sum(-1)
+
+    @property
+    def mean_weights(self) -> torch.Tensor:
+        """`(sublayers, sources)`: the mean over the tokens."""
+        return self.weights.mean(1)
+
+    @property
+    def mean_factors(self) -> torch.Tensor:
+        """`(sublayers, sources)`: mean weight times number of sources. 1: as in the base, above: more."""
+        return self.mean_weights * self.counts.unsqueeze(-1)
+
+    @property
+    def entropies(self) -> torch.Tensor:
+        """`(sublayers, tokens)`: the weights' entropy over that of equal weights. 1: equal; 0: all on one source."""
+        weights = self.weights.nan_to_num(0)
+        return weights.xlogy(weights).sum(-1) / -self.counts.log().unsqueeze(-1)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Lists and numbers for JSON. `factors`: weight times number of sources by sublayer, token and source."""
+
+        def cut(values):
+            return [[float(f"{value:.5g}") for value in row if value == value] for row in values.tolist()]
+
+        factors = self.weights * self.counts[:, None, None]
+        return {
+            "name": self.name,
+            "loss": self.loss,
+            "tokens": self.tokens,
+            "sublayers": self.sublayers,
+            "sources": self.sources,
+            "query_norms": self.query_norms.tolist(),
+            "entropies": self.entropies.mean(1).tolist(),
+            "factors": [cut(rows) for rows in factors],
+            "loss_changes": None if self.loss_changes is None else cut(self.loss_changes),
+        }
+
+    def page(self) -> str:
+        """An HTML page that shows the weights at each token. It needs no server, no network and no other file."""
+        # No text can end the element that it stands in
+        data = json.dumps(self.to_dict(), separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+        page = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
+        return page.replace("__NAME__", html.escape(self.name)).replace("__DATA__", data)
+
+    def _repr_html_(self) -> str:
+        return f'<iframe srcdoc="{html.escape(self.page())}" width="100%" height="700"></iframe>'
+
+    def __str__(self) -> str:
+        """Tables of at most 80 columns."""
+        head = f"{self.name}: {len(self.tokens)} tokens, loss {self.loss:.4f}."
+        if not self.query_norms.any():
+            return f"{head} All queries are zero, as after a retrofit: all sources have equal weights."
+        rows = []
+        for i, count in enumerate(self.counts.tolist()):
+            changes = self.mean_factors[i, :count] - 1
+            j = changes.abs().argmax().item()
+            entropy = 1 - self.entropies[i].double().mean()
+            rows.append([self.sublayers[i], *(f"{x:.1e}" for x in (self.query_norms[i], entropy)), self.sources[j]])
+            rows[-1].append(f"{100 * changes[j]:+.2g}%")
+        table = _table(["sublayer", "|query|", "1 - entropy", "weight changed most", "by"], rows)
+        parts = [f"{head}\n1 - entropy: 0 if all sources have equal weights, as in the base.", table]
+        if self.loss_changes is not None:
+            largest = self.loss_changes.nan_to_num(0).abs().flatten().argsort(descending=True)[:20].tolist()
+            rows = []
+            for i, j in (divmod(index, len(self.sources)) for index in largest):
+                numbers = (f"{self.mean_weights[i, j]:.3f}", f"{self.loss_changes[i, j]:+.2e}")
+                rows.append([self.sublayers[i], self.sources[j], *numbers])
+            parts.append("Change in loss without one source in one sublayer, largest first:")
+            parts.append(_table(["sublayer", "without", "mean weight", "change in loss"], rows))
+        return "\n\n".join(parts)
+
+
+def _table(header: list[str], rows: list[list[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(header, *rows)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in [header, *rows]]
+    return "\n".join(lines)
+
+
+def inspect_checkpoint(
+    checkpoint: str | Path, text: str = TEXT, ablate: bool = False, max_tokens: int = 512, revision: str | None = None
+) -> Inspection:
+    r"""
+    Runs a text through an AttnRes checkpoint, in float32, and records its depth attention.
+
+    Args:
+        checkpoint (`str` or `Path`): folder or Hub id of an AttnRes causal language model or of a PEFT adapter for one.
+        text (`str`, *optional*, defaults to a paragraph of English): the text.
+        ablate (`bool`, *optional*, defaults to `False`):
+            leave each source out of each sublayer, one at a time, and measure the loss: a forward pass for each. The
+            largest weight is not the largest cause ([arXiv 2606.13168](https://arxiv.org/abs/2606.13168)).
+        max_tokens (`int`, *optional*, defaults to 512): the length at which the text is cut.
+        revision (`str`, *optional*): branch, tag or commit of a checkpoint on the Hub.
+
+    Returns:
+        [`Inspection`].
+
+    Raises:
+        `FileNotFoundError`: as for [`retrofit`].
+        `ValueError`: not an AttnRes causal language model, no tokenizer, a text of less than two tokens, or a model
+            that has diverged.
+    """
+    folder = source = find_checkpoint(checkpoint, revision)
+    is_adapter = (source / ADAPTER_CONFIG).is_file() and not (source / CONFIG).is_file()
+    if is_adapter:
+        folder = find_checkpoint(read_json(source / ADAPTER_CONFIG)["base_model_name_or_path"])
+        if not (source / "adapter_model.safetensors").is_file():
+            raise FileNotFoundError(f"{source} has no adapter_model.safetensors.")
+    architecture = read_attnres(folder).architecture
+    if not architecture.endswith("ForCausalLM"):
+        raise ValueError(f"{folder} is a {architecture}, but only a causal language model can be inspected.")
+    if not any(folder.glob("token*")):
+        raise ValueError(f"{folder} has no tokenizer: save one into it (`tokenizer.save_pretrained`).")
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    # Never a pickle, even if one is in the folder
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
+    if is_adapter:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, source)
+    name = Path(checkpoint).resolve().name if Path(checkpoint).is_dir() else str(checkpoint)
+    return inspect_model(model, tokenizer, text, ablate, max_tokens, name)
+
+
+@torch.no_grad()
+def inspect_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    text: str = TEXT,
+    ablate: bool = False,
+    max_tokens: int = 512,
+    name: str = "model",
+) -> Inspection:
+    """The same for a model in memory, in its dtype and on its device."""
+    max_tokens = min(max_tokens, getattr(model.config, "max_position_embeddings", None) or max_tokens)
+    input_ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids[:, :max_tokens].to(model.device)
+    if input_ids.shape[1] < 2:
+        raise ValueError(f"The text has {input_ids.shape[1]} tokens, but a loss needs at least 2.")
+    is_training = model.training
+    model.eval()
+    with recorded_weights(model) as recorded:
+        loss = model(input_ids, labels=input_ids).loss.item()
+    recorded = {name: weights[0][0].float().cpu() for name, weights in recorded.items()}
+    sublayers, sources = list(recorded), depth_sources(model)
+    weights = torch.full((len(sublayers), input_ids.shape[1], len(sources)), torch.nan)
+    for row, weight in zip(weights, recorded.values()):
+        row[:, : weight.shape[-1]] = weight
+    if not all(weight.isfinite().all() for weight in recorded.values()) or not abs(loss) < inf:
+        raise ValueError(f"{name} computes a loss or weights that are not finite: it has diverged.")
+    norms = torch.stack([module.query.float().norm().cpu() for module in depth_attentions(model).values()])
+    tokens = [tokenizer.decode([token]) for token in input_ids[0].tolist()]
+    inspection = Inspection(name, sublayers, sources, tokens, loss, weights, norms)
+    if ablate:
+        changes = torch.full((len(sublayers), len(sources)), torch.nan)
+        for row, source in tqdm((~inspection.mean_weights.isnan()).nonzero().tolist(), desc="Ablating", delay=1):
+            mask = torch.ones(changes.shape, dtype=torch.bool)
+            mask[row, source] = False
+            with masked_sources(model, mask):
+                changes[row, source] = model(input_ids, labels=input_ids).loss.item() - loss
+        inspection.loss_changes = changes
+    model.train(is_training)
+    return inspection
