@@ -5,8 +5,9 @@ Continues the training of a retrofit on text or chats.
     python examples/continue_training.py --model my-attnres --files texts/*.txt --output_dir trained --max_steps 1000
     python examples/continue_training.py --config training.yaml
 
-Files are `.txt`, or `.jsonl` with the field `text`, `messages` (a chat, of which the last reply is trained), or `prompt`
-and `completion`. All fields of TRL's `SFTConfig` are options, on the command line and in a YAML file (`--config`).
+Files are `.txt`, or `.jsonl` with the field `text`, `messages` (a chat, of which the last reply is trained), or
+`prompt` and `completion`. All fields of TRL's `SFTConfig` are options, on the command line and in a YAML file
+(`--config`).
 """
 
 from dataclasses import dataclass, field

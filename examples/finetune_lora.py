@@ -5,8 +5,9 @@ Fine-tunes a retrofit with PEFT: a LoRA on the linear layers, and the depth atte
     python examples/finetune_lora.py --model my-attnres --files chats.jsonl --output_dir my-adapter
     python examples/finetune_lora.py --model my-attnres --files chats.jsonl --output_dir my-adapter --attn_res_only true
 
-Files are `.txt`, or `.jsonl` with the field `text`, `messages` (a chat, of which the last reply is trained), or `prompt`
-and `completion`. All fields of TRL's `SFTConfig` are options, on the command line and in a YAML file (`--config`).
+Files are `.txt`, or `.jsonl` with the field `text`, `messages` (a chat, of which the last reply is trained), or
+`prompt` and `completion`. All fields of TRL's `SFTConfig` are options, on the command line and in a YAML file
+(`--config`).
 `PeftModel.from_pretrained(model, "my-adapter")` loads the adapter, and `merge_and_unload()` merges it.
 """
 
