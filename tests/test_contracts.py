@@ -60,7 +60,7 @@ def test_a_layer_with_hidden_arguments_is_refused(monkeypatch):
 
 def test_a_layer_that_normalizes_the_stream_in_place_is_refused(monkeypatch):
     llama_of_another_release(monkeypatch, (r"residual = hidden_states\n", "residual = hidden_states.float()\n"))
-    with pytest.raises(ValueError, match="base_model_type.*'llama'.*LlamaDecoderLayer.*no `float`"):
+    with pytest.raises(ValueError, match="base_model_type.*'llama'.*LlamaDecoderLayer.*not `float`"):
         attnres_of(tiny_base("llama"))
 
 
