@@ -7,6 +7,7 @@ import torch
 from transformers import Trainer, TrainerCallback
 
 from .probing import depth_attentions, recorded_weights
+from .training import warn_of_half_precision
 
 
 class DepthAttentionCallback(TrainerCallback):
@@ -37,7 +38,7 @@ class DepthAttentionCallback(TrainerCallback):
     """
 
     def __init__(self, trainer: Trainer, per_sublayer: bool = False):
-        depth_attentions(trainer.model)
+        warn_of_half_precision(module.query for module in depth_attentions(trainer.model).values())
         self.trainer = trainer
         self.per_sublayer = per_sublayer
         self.inputs = {}

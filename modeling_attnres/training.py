@@ -1,19 +1,22 @@
 # Copyright 2026 The modeling_attnres authors. Licensed under the Apache License, Version 2.0.
-"""What the training tools of others need to be told about an AttnRes model."""
+"""Settings of AttnRes models for training tools."""
 
 import warnings
 from collections import defaultdict
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
 
+from .modeling_attnres import READ_NAMES
+
 
 # The names of the depth attention modules, which PEFT trains in full as `modules_to_save`
-ATTN_RES_MODULES = ["self_attention_res", "mlp_res", "output_res"]
+ATTN_RES_MODULES = [*READ_NAMES, "output_res"]
 
-# By how much a step may move the logits of a depth attention: 0.4 is best for SmolLM2's queries alone, and 1.3 ruins it
-# (README, "Training")
-LARGEST_LOGIT_STEP = 0.5
+# The max change of the logits of a depth attention in one step. For SmolLM2, 0.4 is best if only the queries are trained,
+# and 1.3 ruins the model (examples/experiments/README.md)
+MAX_LOGIT_STEP = 0.5
 
 
 def attn_res_parameter_groups(
@@ -23,18 +26,22 @@ def attn_res_parameter_groups(
     weight_decay: float = 0.0,
 ) -> list[dict[str, Any]]:
     r"""
-    The parameters of a model as groups for an optimizer: matrices, with weight decay; vectors and biases, without;
-    queries and key norms, at a learning rate of their own and without. Frozen parameters are left out; what tensor
-    parallelism has spread over devices is a group apart, since an optimizer cannot take it together with the rest.
+    The trained parameters of a model in groups for an optimizer: matrices with weight decay; vectors and biases without;
+    queries and key norms without, at their own learning rate. Parameters that tensor parallelism shards are in groups of
+    their own, since an optimizer cannot update both kinds together.
 
     Args:
         model (`nn.Module`): an AttnRes model or a base, also with PEFT's adapters or sharded by FSDP2 or ZeRO-3.
-        learning_rate (`float`): the rate of all but queries and key norms.
-        attn_res_learning_rate (`float`, *optional*, defaults to `learning_rate`): the rate of queries and key norms.
-        weight_decay (`float`, *optional*, defaults to 0.0): the decay of matrices.
+        learning_rate (`float`): the learning rate of all parameters except queries and key norms.
+        attn_res_learning_rate (`float`, *optional*, defaults to `learning_rate`): that of queries and key norms.
+        weight_decay (`float`, *optional*, defaults to 0.0): the weight decay of matrices.
 
     Returns:
-        `list[dict[str, Any]]`: groups with `params`, `lr` and `weight_decay`; none of them is empty.
+        `list[dict[str, Any]]`: groups with `params`, `lr` and `weight_decay`. No group is empty.
+
+    Warns:
+        If a step of Adam can change the logits of the depth attention by more than 0.5, or if queries and key norms are
+        in half precision.
 
     ```python
     >>> def adamw(model, **kwargs):
@@ -49,14 +56,15 @@ def attn_res_parameter_groups(
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             is_attn_res = not set(ATTN_RES_MODULES).isdisjoint(name.split("."))
-            # What DeepSpeed's ZeRO-3 has cut up is empty here and keeps its shape beside it. The biases of all experts
-            # are one matrix, and Kimi Linear's `A_log`, a number for each head, has dimensions of one
+            # A parameter that DeepSpeed ZeRO-3 has sharded is empty, and has its shape in `ds_shape`. The biases of all
+            # experts are one matrix, and Kimi Linear's `A_log`, one number for each head, has dimensions of size one
             shape = getattr(parameter, "ds_shape", parameter.shape)
             is_matrix = len(shape) > 1 and not name.endswith(("bias", "A_log"))
             kind = attn_res if is_attn_res else matrices if is_matrix else vectors
             kind[getattr(parameter, "device_mesh", None)].append(parameter)
     if attn_res:
-        _warn_of_long_steps(model.config, attn_res_learning_rate)
+        warn_of_long_steps(model.config, attn_res_learning_rate)
+        warn_of_half_precision(parameter for parameters in attn_res.values() for parameter in parameters)
     kinds = [
         (matrices, {"lr": learning_rate, "weight_decay": weight_decay}),
         (vectors, {"lr": learning_rate, "weight_decay": 0.0}),
@@ -65,12 +73,22 @@ def attn_res_parameter_groups(
     return [{"params": parameters, **options} for kind, options in kinds for parameters in kind.values()]
 
 
-def _warn_of_long_steps(config, learning_rate: float) -> None:
+def warn_of_long_steps(config, learning_rate: float) -> None:
     logit_step = learning_rate * config.hidden_size / config.attn_res_temperature
-    if logit_step > LARGEST_LOGIT_STEP:
+    if logit_step > MAX_LOGIT_STEP:
         warnings.warn(
-            f"`attn_res_learning_rate` is {learning_rate:g}: with Adam, a step moves the logits of the depth attention "
-            f"by up to {logit_step:.2g}. Steps above {LARGEST_LOGIT_STEP} can ruin a pretrained model: take "
-            f"{learning_rate * LARGEST_LOGIT_STEP / logit_step:.2g} or less, or a greater `attn_res_temperature`.",
+            f"`attn_res_learning_rate` is {learning_rate:g}. With Adam, a step changes the logits of the depth attention "
+            f"by up to {logit_step:.2g}. Steps above {MAX_LOGIT_STEP} can ruin a pretrained model: use "
+            f"{learning_rate * MAX_LOGIT_STEP / logit_step:.2g} or less, or a greater `attn_res_temperature`.",
+            stacklevel=3,
+        )
+
+
+def warn_of_half_precision(parameters: Iterable[nn.Parameter]) -> None:
+    dtypes = {parameter.dtype for parameter in parameters if parameter.dtype.itemsize < 4}
+    if dtypes:
+        warnings.warn(
+            f"Queries and key norms are {dtypes.pop()}, in which small steps round to nothing. Load the model by "
+            "`from_pretrained`, which keeps them in float32, and use autocast (`bf16=True`) instead of a cast.",
             stacklevel=3,
         )

@@ -11,6 +11,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from modeling_attnres import ATTN_RES_MODULES, attn_res_parameter_groups
+from modeling_attnres.callback import DepthAttentionCallback
 from modeling_attnres.conversion import retrofit
 
 
@@ -103,6 +104,14 @@ def test_a_rate_far_outside_is_warned_of():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         attn_res_parameter_groups(model, 5e-5, 5e-3)
+
+
+def test_queries_in_half_precision_are_warned_of():
+    model = attnres_of(tiny_base("llama")).to(torch.bfloat16)
+    with pytest.warns(UserWarning, match="Queries and key norms are torch.bfloat16.*float32"):
+        attn_res_parameter_groups(model, 5e-5)
+    with pytest.warns(UserWarning, match="Queries and key norms are torch.bfloat16.*float32"):
+        DepthAttentionCallback(Trainer(model))
 
 
 class KillAt(TrainerCallback):
