@@ -14,8 +14,8 @@ from .modeling_attnres import READ_NAMES
 # The names of the depth attention modules, which PEFT trains in full as `modules_to_save`
 ATTN_RES_MODULES = [*READ_NAMES, "output_res"]
 
-# The max change of the logits of a depth attention in one step. For SmolLM2, 0.4 is best if only the queries are trained,
-# and 1.3 ruins the model (examples/experiments/README.md)
+# The max change of the logits of a depth attention in one step. For SmolLM2, 0.4 is best if only the queries are
+# trained, and 1.3 ruins the model (examples/experiments/README.md)
 MAX_LOGIT_STEP = 0.5
 
 
@@ -26,9 +26,9 @@ def attn_res_parameter_groups(
     weight_decay: float = 0.0,
 ) -> list[dict[str, Any]]:
     r"""
-    The trained parameters of a model in groups for an optimizer: matrices with weight decay; vectors and biases without;
-    queries and key norms without, at their own learning rate. Parameters that tensor parallelism shards are in groups of
-    their own, since an optimizer cannot update both kinds together.
+    The trained parameters of a model in groups for an optimizer: matrices with weight decay; vectors and biases
+    without; queries and key norms without, at their own learning rate. Parameters that tensor parallelism shards are in
+    groups of their own, since an optimizer cannot update both kinds together.
 
     Args:
         model (`nn.Module`): an AttnRes model or a base, also with PEFT's adapters or sharded by FSDP2 or ZeRO-3.
@@ -77,8 +77,8 @@ def warn_of_long_steps(config, learning_rate: float) -> None:
     logit_step = learning_rate * config.hidden_size / config.attn_res_temperature
     if logit_step > MAX_LOGIT_STEP:
         warnings.warn(
-            f"`attn_res_learning_rate` is {learning_rate:g}. With Adam, a step changes the logits of the depth attention "
-            f"by up to {logit_step:.2g}. Steps above {MAX_LOGIT_STEP} can ruin a pretrained model: use "
+            f"`attn_res_learning_rate` is {learning_rate:g}. With Adam, a step changes the logits of the depth "
+            f"attention by up to {logit_step:.2g}. Steps above {MAX_LOGIT_STEP} can ruin a pretrained model: use "
             f"{learning_rate * MAX_LOGIT_STEP / logit_step:.2g} or less, or a greater `attn_res_temperature`.",
             stacklevel=3,
         )
