@@ -69,7 +69,8 @@ def ddp(checkpoint: str, output: str) -> None:
 
 
 def fsdp2(checkpoint: str, output: str) -> None:
-    write_losses(train(checkpoint, output, batch_size=2, save_strategy="steps", save_steps=2), output)
+    fields = {"gradient_checkpointing": True, "save_strategy": "steps", "save_steps": 2}
+    write_losses(train(checkpoint, output, batch_size=2, **fields), output)
 
 
 def zero3(checkpoint: str, output: str) -> None:
