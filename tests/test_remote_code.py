@@ -13,7 +13,7 @@ import torch
 from conftest import AUTO_CLASSES, attnres_of, randomise_depth_attention, tiny_base
 from safetensors.torch import load_file, save_file
 from test_conversion import save_base
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.dynamic_module_utils import get_imports
 
 from modeling_attnres.conversion import retrofit, revert, verify
@@ -120,6 +120,23 @@ except ValueError as error:
     print("refused", "trust_remote_code" in str(error))
 """
     assert run_isolated(script, output, tmp_path).split()[-2:] == ["refused", "True"]
+
+
+def test_a_tool_that_saves_the_configuration_and_copies_weights_makes_a_complete_folder(tmp_path):
+    """As mergekit does: `config.save_pretrained` brings the code, and the tool writes the weights itself."""
+    output = retrofit(save_base(tmp_path / "base"), tmp_path / "attnres")
+    script = """
+import shutil
+from pathlib import Path
+AutoConfig.from_pretrained(folder, trust_remote_code=True).save_pretrained(work + "/copy")
+for file in Path(folder).glob("*.safetensors*"):
+    shutil.copy(file, work + "/copy")
+model = AutoModelForCausalLM.from_pretrained(work + "/copy", trust_remote_code=True)
+save_file({"logits": model(data["input_ids"]).logits.detach()}, work + "/out.safetensors")
+"""
+    logits = run_isolated(script, output, tmp_path)["logits"]
+    model = AutoModelForCausalLM.from_pretrained(output)
+    torch.testing.assert_close(logits, model(torch.arange(1, 15)[None]).logits, rtol=0, atol=1e-5)
 
 
 def test_the_code_that_travels_imports_torch_and_transformers_alone(tmp_path):
