@@ -88,7 +88,7 @@ def attnres_of(base, **attn_res):
     return model
 
 
-def randomise_depth_attention(model, scale=0.3, seed=1):
+def randomize_depth_attention(model, scale=0.3, seed=1):
     """Queries and key norms as after training: at zero queries wrong wiring would not show."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import FAMILIES, TINY, attnres_of, randomise_depth_attention, tiny_base
+from conftest import FAMILIES, TINY, attnres_of, randomize_depth_attention, tiny_base
 
 from modeling_attnres.depth_attention import depth_attention, streaming_depth_attention
 
@@ -127,7 +127,7 @@ def test_a_bad_sample_does_not_reach_the_others(family, value, attn_res, streami
     """Trained queries, logits and gradients; bit by bit."""
     if streaming:
         monkeypatch.setattr("modeling_attnres.depth_attention.STREAMING_SIZE", 0)
-    model = randomise_depth_attention(attnres_of(tiny_base(family), **attn_res))
+    model = randomize_depth_attention(attnres_of(tiny_base(family), **attn_res))
     good, bad = embeddings(3, 9), embeddings(3, 9, value=value)
     expected, actual = model(inputs_embeds=good).logits, model(inputs_embeds=bad).logits
     assert torch.equal(actual[[0, 2]], expected[[0, 2]])
@@ -197,7 +197,7 @@ def test_a_residual_stream_near_float16_s_largest_at_depth_96(attn_res, peak):
 @both_types
 @torch.no_grad()
 def test_a_masked_row_does_not_reach_the_others(attn_res):
-    model = randomise_depth_attention(attnres_of(tiny_base("llama"), **attn_res))
+    model = randomize_depth_attention(attnres_of(tiny_base("llama"), **attn_res))
     tokens = ids(3, 9)
     logits = model(tokens, attention_mask=mask_without(1)).logits
     alone = model(tokens, attention_mask=mask_without()).logits

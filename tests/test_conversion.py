@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import AUTO_CLASSES, FAMILIES, randomise_depth_attention, tiny_base
+from conftest import AUTO_CLASSES, FAMILIES, randomize_depth_attention, tiny_base
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -210,7 +210,7 @@ def test_verify_passes_a_retrofit_and_fails_another_model(tmp_path):
 
     mean = verify(base, retrofit(base, tmp_path / "mean", attn_res_scale="mean"))
     assert not mean.passed, "the paper's form is not an exact retrofit"
-    trained = randomise_depth_attention(AutoModelForCausalLM.from_pretrained(output), scale=0.01)
+    trained = randomize_depth_attention(AutoModelForCausalLM.from_pretrained(output), scale=0.01)
     trained.save_pretrained(tmp_path / "trained")
     result = verify(base, tmp_path / "trained")
     assert not result.passed and result.trained_queries == 10

@@ -11,7 +11,7 @@ import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
 from accelerate.utils import merge_fsdp_weights
-from conftest import attnres_of, randomise_depth_attention, tiny_base
+from conftest import attnres_of, randomize_depth_attention, tiny_base
 from distributed import load, logits_after_a_step, losses, rows, train
 from safetensors.torch import load_file
 from train_base import train_tokenizer
@@ -27,7 +27,7 @@ def checkpoint(tmp_path_factory):
     """Its heads are even in number, so two processes take half of them each."""
     folder = str(tmp_path_factory.mktemp("distributed") / "checkpoint")
     base = tiny_base("llama", vocab_size=100)
-    randomise_depth_attention(attnres_of(base, attn_res_block_size=2)).save_pretrained(folder)
+    randomize_depth_attention(attnres_of(base, attn_res_block_size=2)).save_pretrained(folder)
     return folder
 
 

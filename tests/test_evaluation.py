@@ -4,7 +4,7 @@ import json
 
 import pytest
 import yaml
-from conftest import randomise_depth_attention
+from conftest import randomize_depth_attention
 from test_examples import run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -54,7 +54,7 @@ def test_bigbench_files_become_tasks(tasks):
 def test_a_retrofit_chooses_as_its_base_does(tasks, smollm2_folder, tmp_path):
     pytest.importorskip("lm_eval", reason="`pip install lm-eval`")
     attnres = retrofit(smollm2_folder, tmp_path / "attnres", link=True)
-    trained = randomise_depth_attention(AutoModelForCausalLM.from_pretrained(attnres), scale=0.3)
+    trained = randomize_depth_attention(AutoModelForCausalLM.from_pretrained(attnres), scale=0.3)
     trained.save_pretrained(tmp_path / "trained")
     AutoTokenizer.from_pretrained(attnres).save_pretrained(tmp_path / "trained")
     options = ("--include", tasks, "--tasks", "bigbench", "--limit", 6, "--output", tmp_path / "figures.json")

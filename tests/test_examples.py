@@ -12,7 +12,7 @@ import continue_training
 import finetune_lora
 import pytest
 import torch
-from conftest import attnres_of, randomise_depth_attention, tiny_base
+from conftest import attnres_of, randomize_depth_attention, tiny_base
 from peft import PeftModel
 from pretrain import build
 from text import token_blocks
@@ -280,7 +280,7 @@ def test_which_queries():
     from which_queries import loss_with
 
     base = tiny_base("llama")
-    model = randomise_depth_attention(attnres_of(base))
+    model = randomize_depth_attention(attnres_of(base))
     rows = torch.randint(1, 99, (3, 12), generator=torch.Generator().manual_seed(0))
     names = {name.removesuffix(".query") for name, _ in model.named_parameters() if name.endswith(".query")}
     with torch.no_grad():

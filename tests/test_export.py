@@ -4,7 +4,7 @@ import inspect
 
 import pytest
 import torch
-from conftest import attnres_of, randomise_depth_attention, tiny_base
+from conftest import attnres_of, randomize_depth_attention, tiny_base
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaModel
 from transformers.integrations.executorch import TorchExportableModuleWithStaticCache
 
@@ -19,9 +19,9 @@ def model(request, tmp_path):
     if request.param == "SmolLM2":
         folder = retrofit(request.getfixturevalue("smollm2_folder"), tmp_path / "attnres", link=True)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        return randomise_depth_attention(model, scale=0.002)
+        return randomize_depth_attention(model, scale=0.002)
     base = tiny_base("llama")
-    return randomise_depth_attention(attnres_of(base, attn_res_type=request.param, attn_res_block_size=2))
+    return randomize_depth_attention(attnres_of(base, attn_res_type=request.param, attn_res_block_size=2))
 
 
 def assert_same_logits(actual, expected, model):

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from conftest import FAMILIES, MIXTURES, OTHERS, attnres_of, randomise_depth_attention, tiny_base
+from conftest import FAMILIES, MIXTURES, OTHERS, attnres_of, randomize_depth_attention, tiny_base
 from reference import reference_hidden_states
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -88,7 +88,7 @@ def test_trained_queries_are_wired_as_in_the_paper(family, shape, scale, tokens)
         # Experts do not run in float64
         base.double()
     temperature = 1.0 if scale == "sum" else 2.5
-    model = randomise_depth_attention(attnres_of(base, **shape, attn_res_scale=scale, attn_res_temperature=temperature))
+    model = randomize_depth_attention(attnres_of(base, **shape, attn_res_scale=scale, attn_res_temperature=temperature))
     model.set_attn_implementation("eager")
     expected = reference_hidden_states(base, model, tokens["input_ids"])
     actual = model.model(tokens["input_ids"], use_cache=False).last_hidden_state
@@ -148,7 +148,7 @@ def test_experts_run_and_compile_as_in_the_base(family, tokens):
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss"])
 @torch.no_grad()
 def test_mixtures_compile_without_a_graph_break(family, tokens):
-    model = randomise_depth_attention(attnres_of(tiny_base(family), attn_res_block_size=2))
+    model = randomize_depth_attention(attnres_of(tiny_base(family), attn_res_block_size=2))
     input_ids = tokens["input_ids"][2:]
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
@@ -180,7 +180,7 @@ def test_checkpoints_keep_the_base_s_layout(family, tmp_path, tokens):
     assert attn_res == saved.keys() - expected.keys()
 
     # What was trained is there again
-    randomise_depth_attention(model).save_pretrained(tmp_path / "trained")
+    randomize_depth_attention(model).save_pretrained(tmp_path / "trained")
     trained, info = AutoModelForCausalLM.from_pretrained(tmp_path / "trained", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     assert all(torch.equal(trained.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
@@ -219,7 +219,7 @@ def test_models_of_several_bases_load_and_save_in_threads_at_once(tmp_path):
     """
     families = ["mixtral", "qwen3_moe", "olmo2"]
     for family in families:
-        model = randomise_depth_attention(attnres_of(tiny_base(family), attn_res_block_size=2))
+        model = randomize_depth_attention(attnres_of(tiny_base(family), attn_res_block_size=2))
         model.save_pretrained(tmp_path / family)
     command = [sys.executable, "-c", IN_THREADS, str(tmp_path), *families]
     process = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -9,7 +9,7 @@ import sys
 import plot_inspection
 import pytest
 import torch
-from conftest import attnres_of, randomise_depth_attention, save_word_tokenizer, tiny_base
+from conftest import attnres_of, randomize_depth_attention, save_word_tokenizer, tiny_base
 from peft import LoraConfig, get_peft_model
 from test_cli import attnres
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -33,7 +33,7 @@ def folders(tmp_path_factory):
     save_word_tokenizer(root / "base", WORDS)
     retrofit(root / "base", root / "retrofit", attn_res_block_size=2)
     for name, scale in (("step-100", 0.05), ("step-200", 0.5)):
-        randomise_depth_attention(attnres_of(base, attn_res_block_size=2), scale).save_pretrained(root / name)
+        randomize_depth_attention(attnres_of(base, attn_res_block_size=2), scale).save_pretrained(root / name)
         save_word_tokenizer(root / name, WORDS)
     return root
 

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from conftest import FAMILIES, TINY, attnres_of, randomise_depth_attention, tiny_base, tiny_base_config
+from conftest import FAMILIES, TINY, attnres_of, randomize_depth_attention, tiny_base, tiny_base_config
 from torch import nn
 from transformers import (
     CONFIG_MAPPING,
@@ -33,7 +33,7 @@ def base():
 
 
 def trained(base, **attn_res):
-    return randomise_depth_attention(attnres_of(base, **attn_res))
+    return randomize_depth_attention(attnres_of(base, **attn_res))
 
 
 def test_importing_the_package_registers_the_auto_classes(base):
@@ -98,7 +98,7 @@ def test_a_loaded_base_becomes_an_attnres_model_with_the_same_weights(family, tm
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_initialisation_is_the_base_s_and_queries_are_zero(family):
+def test_initialization_is_the_base_s_and_queries_are_zero(family):
     """From scratch: same seed, same weights; the AttnRes tensors draw no random numbers."""
     config = tiny_base_config(family)
     torch.manual_seed(3)
@@ -114,8 +114,8 @@ def test_initialisation_is_the_base_s_and_queries_are_zero(family):
             assert torch.equal(tensor, expected[name]), name
 
 
-def test_missing_weights_are_initialised_as_in_the_base(base, tmp_path):
-    """Loaded with a part missing: base tensors get the base's initialisation, AttnRes tensors theirs."""
+def test_missing_weights_are_initialized_as_in_the_base(base, tmp_path):
+    """Loaded with a part missing: base tensors get the base's initialization, AttnRes tensors theirs."""
     model = trained(base, **BLOCK)
     kept = {n: t for n, t in model.state_dict().items() if "layers.2." not in n and n != "lm_head.weight"}
     model.save_pretrained(tmp_path, state_dict=kept)

@@ -8,7 +8,7 @@ from statistics import median
 
 import pytest
 import torch
-from conftest import attnres_of, randomise_depth_attention, tiny_base
+from conftest import attnres_of, randomize_depth_attention, tiny_base
 
 
 WIDTH = {"hidden_size": 128, "intermediate_size": 256, "vocab_size": 500}
@@ -29,7 +29,7 @@ def drifts(layers, dtype, texts=3):
     models = {"base": base}
     for name, attn_res in TYPES.items():
         models[name] = attnres_of(base, **attn_res)
-        models[f"{name}, random queries"] = randomise_depth_attention(attnres_of(base, **attn_res), scale=0.1).to(dtype)
+        models[f"{name}, random queries"] = randomize_depth_attention(attnres_of(base, **attn_res), scale=0.1).to(dtype)
     generator = torch.Generator().manual_seed(6)
     texts = [torch.randint(WIDTH["vocab_size"], (1, 64), generator=generator) for _ in range(texts)]
     return {name: median(drift(model.to(dtype), dtype, ids) for ids in texts) for name, model in models.items()}

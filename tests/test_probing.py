@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import FAMILIES, attnres_of, randomise_depth_attention, tiny_base
+from conftest import FAMILIES, attnres_of, randomize_depth_attention, tiny_base
 from peft import LoraConfig, get_peft_model
 from test_heads import HEADS, base_with_head
 
@@ -19,7 +19,7 @@ FULL_SOURCES = ["embedding"] + [f"layer {i} {kind}" for i in range(5) for kind i
 
 
 def trained(family, **attn_res):
-    return randomise_depth_attention(attnres_of(tiny_base(family), **attn_res))
+    return randomize_depth_attention(attnres_of(tiny_base(family), **attn_res))
 
 
 def formula(module, sources, mask=None):

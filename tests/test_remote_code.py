@@ -10,7 +10,7 @@ import warnings
 
 import pytest
 import torch
-from conftest import AUTO_CLASSES, attnres_of, randomise_depth_attention, tiny_base
+from conftest import AUTO_CLASSES, attnres_of, randomize_depth_attention, tiny_base
 from safetensors.torch import load_file, save_file
 from test_conversion import save_base
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -68,7 +68,7 @@ with torch.no_grad():
 @pytest.mark.parametrize("saved_class", ["AttnResForCausalLM", "AttnResModel"])
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 def test_a_saved_model_loads_without_the_package(saved_class, family, tmp_path):
-    model = randomise_depth_attention(attnres_of(tiny_base(family), attn_res_block_size=2))
+    model = randomize_depth_attention(attnres_of(tiny_base(family), attn_res_block_size=2))
     saved = model if saved_class == "AttnResForCausalLM" else model.model
     saved.save_pretrained(tmp_path / "saved")
     auto_map = json.loads((tmp_path / "saved" / "config.json").read_text())["auto_map"]

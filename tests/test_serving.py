@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from conftest import randomise_depth_attention
+from conftest import randomize_depth_attention
 from server import chat, served
 from test_examples import EXAMPLES
 from test_remote_code import run_isolated
@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from modeling_attnres.conversion import retrofit
 
 
-QUESTIONS = ["Name three colours of the rainbow.", "What is the capital of France?"]
+QUESTIONS = ["Name three colors of the rainbow.", "What is the capital of France?"]
 MAX_TOKENS = 16
 
 
@@ -25,7 +25,7 @@ def trained_folder(smollm2_folder, tmp_path_factory):
     """SmolLM2-135M-Instruct retrofitted, with queries as after training."""
     folder = tmp_path_factory.mktemp("trained")
     model = AutoModelForCausalLM.from_pretrained(retrofit(smollm2_folder, folder / "attnres", link=True))
-    randomise_depth_attention(model, scale=0.002).save_pretrained(folder / "trained")
+    randomize_depth_attention(model, scale=0.002).save_pretrained(folder / "trained")
     AutoTokenizer.from_pretrained(smollm2_folder).save_pretrained(folder / "trained")
     return folder / "trained"
 

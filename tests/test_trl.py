@@ -4,7 +4,7 @@ from math import log
 
 import pytest
 import torch
-from conftest import randomise_depth_attention, tiny_base
+from conftest import randomize_depth_attention, tiny_base
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from train_base import train_tokenizer
@@ -26,7 +26,7 @@ def models(tokenizer, tmp_path):
     base = tiny_base("llama", vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id)
     base.save_pretrained(tmp_path / "base")
     retrofit(tmp_path / "base", tmp_path / "attnres")
-    trained = randomise_depth_attention(AutoModelForCausalLM.from_pretrained(tmp_path / "attnres"))
+    trained = randomize_depth_attention(AutoModelForCausalLM.from_pretrained(tmp_path / "attnres"))
     trained.save_pretrained(tmp_path / "trained")
     return {name: AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("base", "attnres", "trained")}
 

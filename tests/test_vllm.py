@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from conftest import attnres_of, randomise_depth_attention, tiny_base
+from conftest import attnres_of, randomize_depth_attention, tiny_base
 from server import chat, served
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from vllm_environment import VLLM_PYTHON, environment, job, run_jobs
@@ -37,7 +37,7 @@ def trained_folder(request, smollm2_folder, tmp_path_factory):
     model = AutoModelForCausalLM.from_pretrained(
         retrofit(smollm2_folder, folder / "attnres", attn_res_type=request.param, link=True)
     )
-    randomise_depth_attention(model, scale=0.004).save_pretrained(folder / "trained")
+    randomize_depth_attention(model, scale=0.004).save_pretrained(folder / "trained")
     AutoTokenizer.from_pretrained(smollm2_folder).save_pretrained(folder / "trained")
     return folder / "trained"
 
@@ -113,7 +113,7 @@ def test_vllm_in_two_processes(trained_folder, prompts, expected, tmp_path):
 def test_vllm_serve(trained_folder, smollm2_folder, tmp_path):
     """An OpenAI-style chat: not streamed, streamed, and 16 at once."""
     tokenizer = AutoTokenizer.from_pretrained(trained_folder)
-    questions = [f"Name {number} things that are {colour}." for number in range(2, 6) for colour in ("red", "green")]
+    questions = [f"Name {number} things that are {color}." for number in range(2, 6) for color in ("red", "green")]
     questions += [f"What comes after {number}?" for number in range(8)]
 
     def answers_of(folder):

@@ -51,7 +51,7 @@ def main():
         jobs, expected = [], []
         for family in families:
             base = conftest.tiny_base(family, **larger(family))
-            model = conftest.randomise_depth_attention(conftest.attnres_of(base, attn_res_block_size=2))
+            model = conftest.randomize_depth_attention(conftest.attnres_of(base, attn_res_block_size=2))
             for kind, own in (("base", base), ("attnres", model)):
                 own.save_pretrained(Path(work) / family / kind)
                 options = {**OPTIONS, "model_impl": "transformers" if kind == "base" else "auto"}

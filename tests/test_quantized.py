@@ -1,4 +1,4 @@
-"""A retrofit of a base that a real quantiser has quantised."""
+"""A retrofit of a base that a real quantizer has quantized."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ QUANTISERS = {
 
 
 @pytest.mark.parametrize("name", QUANTISERS)
-def test_a_retrofit_of_a_quantised_base(name, tmp_path):
+def test_a_retrofit_of_a_quantized_base(name, tmp_path):
     package, config = QUANTISERS[name]
     pytest.importorskip(package)
     tiny_base("llama", **SHAPE, tie_word_embeddings=False).save_pretrained(tmp_path / "float")
@@ -57,8 +57,8 @@ def test_a_retrofit_of_a_quantised_base(name, tmp_path):
 
 # bitsandbytes' int8 rounds the activations too, and what two models differ by in the last bit becomes a whole step
 @pytest.mark.parametrize("name", ["bitsandbytes nf4", "torchao int8"])
-def test_a_retrofit_of_smollm2_quantised(name, smollm2_folder, real_text, tmp_path):
-    """It answers as its quantised base does, and that is not the base as it was."""
+def test_a_retrofit_of_smollm2_quantized(name, smollm2_folder, real_text, tmp_path):
+    """It answers as its quantized base does, and that is not the base as it was."""
     package, config = QUANTISERS[name]
     pytest.importorskip(package)
     whole = AutoModelForCausalLM.from_pretrained(smollm2_folder, dtype=torch.float32)
@@ -69,30 +69,30 @@ def test_a_retrofit_of_smollm2_quantised(name, smollm2_folder, real_text, tmp_pa
     assert type(model.model.layers[29].mlp.up_proj) is type(base.model.layers[29].mlp.up_proj)
     tokens = AutoTokenizer.from_pretrained(smollm2_folder)(real_text, return_tensors="pt").input_ids[:, :24]
     with torch.no_grad():
-        expected, actual, unquantised = (m(tokens).logits for m in (base, model, whole))
+        expected, actual, unquantized = (m(tokens).logits for m in (base, model, whole))
     largest = expected.abs().max()
-    assert (actual - expected).abs().max() < 1e-5 * largest and (actual - unquantised).abs().max() > 1e-3 * largest
+    assert (actual - expected).abs().max() < 1e-5 * largest and (actual - unquantized).abs().max() > 1e-3 * largest
     options = {"max_new_tokens": 8, "do_sample": False}
     assert torch.equal(model.generate(tokens, **options), base.generate(tokens, **options))
 
 
-@pytest.mark.parametrize("order", ["quantised, then retrofitted", "retrofitted, then quantised"])
+@pytest.mark.parametrize("order", ["quantized, then retrofitted", "retrofitted, then quantized"])
 @pytest.mark.parametrize("name", QUANTISERS)
-def test_lora_of_a_quantised_model(name, order, tmp_path):
-    """QLoRA and its like: from the quantised base's loss, with gradient checkpointing, to disk and back."""
+def test_lora_of_a_quantized_model(name, order, tmp_path):
+    """QLoRA and its like: from the quantized base's loss, with gradient checkpointing, to disk and back."""
     package, config = QUANTISERS[name]
     pytest.importorskip(package)
     tiny_base("llama", **SHAPE, tie_word_embeddings=False).save_pretrained(tmp_path / "float")
-    quantise = {"quantization_config": config(), "dtype": torch.float32}
-    base = AutoModelForCausalLM.from_pretrained(tmp_path / "float", **quantise)
-    if order == "quantised, then retrofitted":
+    quantize = {"quantization_config": config(), "dtype": torch.float32}
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "float", **quantize)
+    if order == "quantized, then retrofitted":
         base.save_pretrained(tmp_path / "base")
-        checkpoint, quantise = retrofit(tmp_path / "base", tmp_path / "attnres"), {}
+        checkpoint, quantize = retrofit(tmp_path / "base", tmp_path / "attnres"), {}
     else:
         checkpoint = retrofit(tmp_path / "float", tmp_path / "attnres")
 
     def load():
-        return AutoModelForCausalLM.from_pretrained(checkpoint, **quantise)
+        return AutoModelForCausalLM.from_pretrained(checkpoint, **quantize)
 
     def with_lora(model, modules_to_save):
         model = prepare_model_for_kbit_training(model)
