@@ -20,7 +20,7 @@ from peft.utils.constants import DUMMY_TARGET_MODULES
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer, TrlParser
 
-from modeling_attnres import ATTN_RES_MODULES
+from modeling_attnres import ATTN_RES_MODULES, with_base_targets
 
 
 @dataclass
@@ -60,12 +60,14 @@ def main():
         target_modules=DUMMY_TARGET_MODULES if arguments.attn_res_only else "all-linear",
         modules_to_save=ATTN_RES_MODULES,
     )
+    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32)
     trainer = SFTTrainer(
-        AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32),
+        model,
         config,
         train_dataset=data,
         processing_class=AutoTokenizer.from_pretrained(arguments.model),
-        peft_config=lora,
+        # The experts of a mixture, too
+        peft_config=lora if arguments.attn_res_only else with_base_targets(model, lora),
     )
     trainer.model.print_trainable_parameters()
     trainer.train()

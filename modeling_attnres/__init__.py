@@ -20,7 +20,7 @@ from .modeling_attnres import (
     AttnResModel,
     AttnResPreTrainedModel,
 )
-from .training import ATTN_RES_MODULES, attn_res_parameter_groups
+from .training import ATTN_RES_MODULES, attn_res_parameter_groups, with_base_targets
 
 
 AutoConfig.register("attnres", AttnResConfig)
@@ -41,4 +41,5 @@ __all__ = [
     "AttnResPreTrainedModel",
     "DepthAttention",
     "attn_res_parameter_groups",
+    "with_base_targets",
 ]

@@ -4,11 +4,18 @@
 import warnings
 from collections import defaultdict
 from collections.abc import Iterable
-from typing import Any
+from copy import deepcopy
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from .modeling_attnres import READ_NAMES
+
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
 
 
 # The names of the depth attention modules, which PEFT trains in full as `modules_to_save`
@@ -92,3 +99,31 @@ def warn_of_half_precision(parameters: Iterable[nn.Parameter]) -> None:
             "`from_pretrained`, which keeps them in float32, and use autocast (`bf16=True`) instead of a cast.",
             stacklevel=3,
         )
+
+
+def with_base_targets(model: PreTrainedModel, peft_config: "PeftConfig") -> "PeftConfig":
+    r"""
+    A copy of a PEFT configuration with the targets that PEFT selects in the base of `model`. PEFT selects by
+    `model_type`, so it has no default targets for an AttnRes model, and its `"all-linear"` leaves out the experts of a
+    mixture.
+
+    Args:
+        model (`PreTrainedModel`): an AttnRes model.
+        peft_config (`PeftConfig`): for instance a `LoraConfig`. `target_modules` can be `None`.
+
+    Raises:
+        `ValueError`: from PEFT, if it has no default targets for the base either.
+
+    ```python
+    >>> config = LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", modules_to_save=ATTN_RES_MODULES)
+    >>> model = get_peft_model(model, with_base_targets(model, config))
+    ```"""
+    from peft import inject_adapter_in_model
+
+    peft_config = deepcopy(peft_config)
+    modules_to_save, peft_config.modules_to_save = peft_config.modules_to_save, None
+    with torch.device("meta"):
+        base = AutoModelForCausalLM.from_config(model.config._base_view())
+    inject_adapter_in_model(peft_config, base, low_cpu_mem_usage=True)
+    peft_config.modules_to_save = modules_to_save
+    return peft_config

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from conftest import attnres_of, tiny_base
+from conftest import MIXTURES, attnres_of, tiny_base
 from peft import (
+    IA3Config,
     LoraConfig,
     PeftModel,
     PrefixTuningConfig,
@@ -15,7 +16,7 @@ from peft.utils.constants import DUMMY_TARGET_MODULES
 from safetensors.torch import load_file
 from transformers import LlamaConfig
 
-from modeling_attnres import ATTN_RES_MODULES, AttnResConfig, AttnResForCausalLM
+from modeling_attnres import ATTN_RES_MODULES, AttnResConfig, AttnResForCausalLM, with_base_targets
 
 
 ADAPTERS = {
@@ -139,3 +140,34 @@ def test_hidden_states_with_an_adapter(base, tokens):
         assert len(actual) == len(expected) == 6
         for ours, theirs in zip(actual, expected):
             torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+
+
+def trained_shapes(model):
+    return {name: parameter.shape for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+@pytest.mark.parametrize("family", ["llama", "phi", "qwen2", "gemma2"])
+@pytest.mark.parametrize("config", [LoraConfig, IA3Config])
+def test_default_targets_are_those_of_the_base(config, family):
+    base = tiny_base(family)
+    model = attnres_of(base)
+    adapted = get_peft_model(model, with_base_targets(model, config(task_type="CAUSAL_LM")))
+    expected = trained_shapes(get_peft_model(base, config(task_type="CAUSAL_LM")))
+    assert trained_shapes(adapted) == expected
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_all_linear_includes_the_experts_where_it_does_in_the_base(family, tokens, tmp_path):
+    lora = LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", modules_to_save=ATTN_RES_MODULES)
+    base = tiny_base(family)
+    model = attnres_of(base)
+    adapted = get_peft_model(model, with_base_targets(model, lora))
+    assert lora.target_modules == "all-linear"
+    shapes = {name: shape for name, shape in trained_shapes(adapted).items() if "modules_to_save" not in name}
+    assert len(queries(adapted)) == 10
+    assert shapes == trained_shapes(get_peft_model(tiny_base(family), LoraConfig(target_modules="all-linear")))
+
+    trained = logits(train(adapted, tokens), tokens)
+    adapted.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(attnres_of(base), tmp_path).eval()
+    torch.testing.assert_close(logits(loaded, tokens), trained, rtol=0, atol=1e-5)

@@ -57,7 +57,8 @@ each_way = pytest.mark.parametrize("adapter", [False, True], ids=["in full", "Lo
 
 
 def lora(name):
-    return LoraConfig(target_modules="all-linear", modules_to_save=None if name == "base" else ATTN_RES_MODULES)
+    modules = None if name == "base" else ATTN_RES_MODULES
+    return LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", modules_to_save=modules)
 
 
 @each_way
