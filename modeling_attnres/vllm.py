@@ -114,8 +114,9 @@ def arch_config_convertor(hf_config, hf_text_config, **kwargs) -> ModelArchConfi
     base_config = hf_config._base_view()
     convertor_class = MODEL_ARCH_CONFIG_CONVERTORS.get(hf_config.base_model_type, ModelArchConfigConvertorBase)
     convertor = convertor_class(base_config, base_config, **kwargs)
-    if convertor.get_num_experts() and base_config.architectures == ["AttnResForCausalLM"]:
-        base_config.architectures = ["AttnResMoEForCausalLM"]
+    if convertor.get_num_experts() and hf_config.architectures == ["AttnResForCausalLM"]:
+        # The first is for the checks before loading, the second names the class that is loaded
+        base_config.architectures = hf_config.architectures = ["AttnResMoEForCausalLM"]
     return convertor
 
 

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+import vllm_families
 from conftest import attnres_of, randomize_depth_attention, tiny_base
 from server import chat, served
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -149,6 +150,35 @@ def test_vllm_in_pipeline_stages(layers, trained_folder, prompts, expected, tmp_
     assert "error" not in result, log[-8000:]
     assert result["tokens"] == [expected, expected]
     assert result["cached"] > 0
+
+
+def tiny_job(family, folder, prompts, attn_res_type="block", **options):
+    """A small random model with random queries, and the tokens that it generates."""
+    base = tiny_base(family, **larger(family))
+    model = randomize_depth_attention(attnres_of(base, attn_res_type=attn_res_type, attn_res_block_size=2))
+    model.save_pretrained(folder)
+    expected = vllm_families.greedy(model, prompts)
+    return job(folder, prompts, vllm_families.MAX_TOKENS, **{**OPTIONS, **options}), expected
+
+
+@pytest.mark.parametrize("attn_res_type", ["block", "full"])
+def test_vllm_in_compiled_pipeline_stages(attn_res_type, tmp_path):
+    """Within a block. A compiler that looks into the joining of the sources gets block sums wrong."""
+    options = {"enforce_eager": False, "pipeline_parallel_size": 2}
+    compiled, expected = tiny_job("llama", tmp_path / "model", [[5, 9, 2], [*range(1, 41)]], attn_res_type, **options)
+    (result,), log = run_jobs([compiled], tmp_path, VLLM_PP_LAYER_PARTITION="3,2")
+    assert "error" not in result, log[-8000:]
+    assert result["tokens"] == [expected, expected]
+
+
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3"])
+def test_vllm_knows_the_base(family, tmp_path):
+    """Its class for mixtures of experts, and latent attention."""
+    served_job, expected = tiny_job(family, tmp_path / "model", [[5, 9, 2], [*range(1, 41)]])
+    (result,), log = run_jobs([served_job], tmp_path)
+    assert "error" not in result, log[-8000:]
+    assert result["tokens"] == [expected, expected]
+    assert "AttnResMoEForCausalLM" in log
 
 
 @pytest.mark.parametrize("trained_folder", ["block"], indirect=True)
