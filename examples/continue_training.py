@@ -2,12 +2,12 @@
 Continues the training of a retrofit on text or chats.
 
     attnres retrofit BASE my-attnres
-    python examples/continue_training.py --model my-attnres --files texts/*.txt --output_dir trained --max_steps 1000
+    python examples/continue_training.py --model my-attnres --data texts/*.txt --output_dir trained --max_steps 1000
     python examples/continue_training.py --config training.yaml
 
-Files are `.txt`, or `.jsonl` with the field `text`, `messages` (a chat, of which the last reply is trained), or
-`prompt` and `completion`. All fields of TRL's `SFTConfig` are options, on the command line and in a YAML file
-(`--config`).
+The data are `.txt` files, `.jsonl` files or a dataset of the Hub, with the field `text`, `messages` (a chat, of which
+the replies are trained), or `prompt` and `completion`. All fields of TRL's `SFTConfig` are options, on the command line
+and in a YAML file (`--config`).
 """
 
 from dataclasses import dataclass, field
@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from datasets import Dataset, load_dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import is_torch_bf16_gpu_available
 from trl import SFTConfig, SFTTrainer, TrlParser
 
 from modeling_attnres import attn_res_parameter_groups
@@ -25,27 +26,41 @@ from modeling_attnres.callback import DepthAttentionCallback
 @dataclass
 class Arguments:
     model: str = field(metadata={"help": "Folder or Hub id of the model."})
-    files: list[str] = field(metadata={"help": "Text files, or files of JSON lines."})
+    data: list[str] = field(metadata={"help": "Text files, files of JSON lines, or one dataset of the Hub."})
+    eval_data: list[str] | None = field(default=None, metadata={"help": "The same for evaluation."})
     attn_res_learning_rate: float | None = field(
-        default=None, metadata={"help": "Learning rate of queries and key norms. Default: `learning_rate`."}
+        default=None, metadata={"help": "Learning rate of queries and key norms, with AdamW. Default: `learning_rate`."}
     )
     resume: bool = field(default=False, metadata={"help": "Resume from the last complete checkpoint in `output_dir`."})
 
 
-def load_files(files: list[str]) -> Dataset:
-    is_json = files[0].endswith((".json", ".jsonl"))
-    options = {} if is_json else {"sample_by": "document"}
-    data = load_dataset("json" if is_json else "text", data_files=files, split="train", **options)
+def load_data(names: list[str]) -> Dataset:
+    suffixes = {Path(name).suffix for name in names}
+    if suffixes == {".txt"}:
+        return load_dataset("text", data_files=names, sample_by="document", split="train")
+    if suffixes == {".jsonl"}:
+        data = load_dataset("json", data_files=names, split="train")
+    elif len(names) == 1 and not Path(names[0]).is_file():
+        data = load_dataset(names[0], split="train")
+    else:
+        raise ValueError(f"{names}: supported are only `.txt` files, only `.jsonl` files, or one dataset.")
     columns = set(data.column_names)
     if "messages" in columns:
         # The chat template formats both, and only the completion has a loss
-        split = lambda row: {"prompt": row["messages"][:-1], "completion": row["messages"][-1:]}  # noqa: E731
-        return data.map(split, remove_columns=data.column_names)
-    if "text" not in columns and not {"prompt", "completion"} <= columns:
+        data = data.map(replies, batched=True, remove_columns=data.column_names)
+        if not len(data):
+            raise ValueError(f"{names}: the chats have no reply, that is, no message of the `assistant` after another.")
+    elif "text" not in columns and not {"prompt", "completion"} <= columns:
         raise ValueError(
-            f"`files` have the fields {sorted(columns)}. Supported: `text`, `messages`, or `prompt` and `completion`."
+            f"{names}: the fields are {sorted(columns)}. Supported: `text`, `messages`, or `prompt` and `completion`."
         )
     return data
+
+
+def replies(rows: dict[str, list]) -> dict[str, list]:
+    chats = rows["messages"]
+    ends = [(chat, end) for chat in chats for end in range(1, len(chat)) if chat[end]["role"] == "assistant"]
+    return {"prompt": [chat[:end] for chat, end in ends], "completion": [[chat[end]] for chat, end in ends]}
 
 
 def adamw(model: torch.nn.Module, **options) -> torch.optim.Optimizer:
@@ -53,18 +68,24 @@ def adamw(model: torch.nn.Module, **options) -> torch.optim.Optimizer:
 
 
 def main():
-    arguments, config = TrlParser((Arguments, SFTConfig)).parse_args_and_config()
+    parser = TrlParser((Arguments, SFTConfig))
+    parser.set_defaults(bf16=is_torch_bf16_gpu_available())
+    arguments, config = parser.parse_args_and_config()
     model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32)
-    data = load_files(arguments.files)
+    data = load_data(arguments.data)
     if "text" in data.column_names:
         config.packing, config.packing_strategy = True, "wrapped"
-    options = {"learning_rate": config.learning_rate, "attn_res_learning_rate": arguments.attn_res_learning_rate}
+    optimizer = None
+    if arguments.attn_res_learning_rate is not None:
+        rates = {"learning_rate": config.learning_rate, "attn_res_learning_rate": arguments.attn_res_learning_rate}
+        optimizer = (lambda: adamw, {**rates, "weight_decay": config.weight_decay})
     trainer = SFTTrainer(
         model,
         config,
         train_dataset=data,
+        eval_dataset=load_data(arguments.eval_data) if arguments.eval_data else None,
         processing_class=AutoTokenizer.from_pretrained(arguments.model),
-        optimizer_cls_and_kwargs=(lambda: adamw, {**options, "weight_decay": config.weight_decay}),
+        optimizer_cls_and_kwargs=optimizer,
     )
     trainer.add_callback(DepthAttentionCallback(trainer))
     # Trainer writes its state last, so a checkpoint without it is not complete

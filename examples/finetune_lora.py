@@ -2,22 +2,24 @@
 Fine-tunes a retrofit with PEFT: a LoRA on the linear layers, and the depth attention in full.
 
     attnres retrofit BASE my-attnres
-    python examples/finetune_lora.py --model my-attnres --files chats.jsonl --output_dir my-adapter
-    python examples/finetune_lora.py --model my-attnres --files chats.jsonl --output_dir my-adapter --attn_res_only true
+    python examples/finetune_lora.py --model my-attnres --data chats.jsonl --output_dir my-adapter
+    python examples/finetune_lora.py --model my-attnres --data chats.jsonl --output_dir my-adapter --attn_res_only true
 
-Files are `.txt`, or `.jsonl` with the field `text`, `messages` (a chat, of which the last reply is trained), or
-`prompt` and `completion`. All fields of TRL's `SFTConfig` are options, on the command line and in a YAML file
-(`--config`).
+The data are `.txt` files, `.jsonl` files or a dataset of the Hub, with the field `text`, `messages` (a chat, of which
+the replies are trained), or `prompt` and `completion`. All fields of TRL's `SFTConfig` are options, on the command line
+and in a YAML file (`--config`).
 `PeftModel.from_pretrained(model, "my-adapter")` loads the adapter, and `merge_and_unload()` merges it.
 """
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from datasets import Dataset, load_dataset
 from peft import LoraConfig
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import is_torch_bf16_gpu_available
 from trl import SFTConfig, SFTTrainer, TrlParser
 
 from modeling_attnres import ATTN_RES_MODULES, with_base_targets
@@ -26,30 +28,45 @@ from modeling_attnres import ATTN_RES_MODULES, with_base_targets
 @dataclass
 class Arguments:
     model: str = field(metadata={"help": "Folder or Hub id of the model."})
-    files: list[str] = field(metadata={"help": "Text files, or files of JSON lines."})
+    data: list[str] = field(metadata={"help": "Text files, files of JSON lines, or one dataset of the Hub."})
     rank: int = field(default=8, metadata={"help": "Rank of the LoRA."})
     attn_res_only: bool = field(default=False, metadata={"help": "Train the depth attention without a LoRA."})
 
 
-def load_files(files: list[str]) -> Dataset:
-    is_json = files[0].endswith((".json", ".jsonl"))
-    options = {} if is_json else {"sample_by": "document"}
-    data = load_dataset("json" if is_json else "text", data_files=files, split="train", **options)
+def load_data(names: list[str]) -> Dataset:
+    suffixes = {Path(name).suffix for name in names}
+    if suffixes == {".txt"}:
+        return load_dataset("text", data_files=names, sample_by="document", split="train")
+    if suffixes == {".jsonl"}:
+        data = load_dataset("json", data_files=names, split="train")
+    elif len(names) == 1 and not Path(names[0]).is_file():
+        data = load_dataset(names[0], split="train")
+    else:
+        raise ValueError(f"{names}: supported are only `.txt` files, only `.jsonl` files, or one dataset.")
     columns = set(data.column_names)
     if "messages" in columns:
         # The chat template formats both, and only the completion has a loss
-        split = lambda row: {"prompt": row["messages"][:-1], "completion": row["messages"][-1:]}  # noqa: E731
-        return data.map(split, remove_columns=data.column_names)
-    if "text" not in columns and not {"prompt", "completion"} <= columns:
+        data = data.map(replies, batched=True, remove_columns=data.column_names)
+        if not len(data):
+            raise ValueError(f"{names}: the chats have no reply, that is, no message of the `assistant` after another.")
+    elif "text" not in columns and not {"prompt", "completion"} <= columns:
         raise ValueError(
-            f"`files` have the fields {sorted(columns)}. Supported: `text`, `messages`, or `prompt` and `completion`."
+            f"{names}: the fields are {sorted(columns)}. Supported: `text`, `messages`, or `prompt` and `completion`."
         )
     return data
 
 
+def replies(rows: dict[str, list]) -> dict[str, list]:
+    chats = rows["messages"]
+    ends = [(chat, end) for chat in chats for end in range(1, len(chat)) if chat[end]["role"] == "assistant"]
+    return {"prompt": [chat[:end] for chat, end in ends], "completion": [[chat[end]] for chat, end in ends]}
+
+
 def main():
-    arguments, config = TrlParser((Arguments, SFTConfig)).parse_args_and_config()
-    data = load_files(arguments.files)
+    parser = TrlParser((Arguments, SFTConfig))
+    parser.set_defaults(bf16=is_torch_bf16_gpu_available())
+    arguments, config = parser.parse_args_and_config()
+    data = load_data(arguments.data)
     if "text" in data.column_names:
         config.packing, config.packing_strategy = True, "wrapped"
     lora = LoraConfig(
@@ -66,8 +83,8 @@ def main():
         config,
         train_dataset=data,
         processing_class=AutoTokenizer.from_pretrained(arguments.model),
-        # The experts of a mixture, too
-        peft_config=lora if arguments.attn_res_only else with_base_targets(model, lora),
+        # Includes the experts of a mixture
+        peft_config=with_base_targets(model, lora),
     )
     trainer.model.print_trainable_parameters()
     trainer.train()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 
 from .modeling_attnres import READ_NAMES
 
@@ -122,8 +122,9 @@ def with_base_targets(model: PreTrainedModel, peft_config: "PeftConfig") -> "Pef
 
     peft_config = deepcopy(peft_config)
     modules_to_save, peft_config.modules_to_save = peft_config.modules_to_save, None
+    base_config = model.config._base_view()
     with torch.device("meta"):
-        base = AutoModelForCausalLM.from_config(model.config._base_view())
+        base = MODEL_FOR_CAUSAL_LM_MAPPING[type(base_config)](base_config)
     inject_adapter_in_model(peft_config, base, low_cpu_mem_usage=True)
     peft_config.modules_to_save = modules_to_save
     return peft_config

@@ -116,7 +116,7 @@ def test_the_example_on_several_devices(config, precision, tolerance, real_text,
     (tmp_path / "text.txt").write_text(real_text)
     example = LAUNCH.with_name("continue_training.py")
     command = (SCRIPT, example, "--model", tmp_path / "attnres", "--output_dir", tmp_path / "trained")
-    command += ("--files", tmp_path / "text.txt", "--max_steps", 2, "--learning_rate", 1e-2, "--max_length", 32)
+    command += ("--data", tmp_path / "text.txt", "--max_steps", 2, "--learning_rate", 1e-2, "--max_length", 32)
     command += ("--save_steps", 1, "--logging_steps", 1, "--report_to", "tensorboard", "--bf16", precision == "bf16")
     accelerate_launch(config, *command, precision=precision)
     tokens = tokenizer(real_text, return_tensors="pt")["input_ids"][:, : 16 * 32].view(16, 32)

@@ -85,17 +85,56 @@ def test_quickstart(smollm2_folder, real_text, tmp_path):
     assert all((layer.mlp_res.query != 0).any() for layer in model.model.layers)
 
 
-def test_examples_read_text_and_chats_and_refuse_other_fields(tmp_path):
-    chat = [{"role": role, "content": role} for role in ("system", "user", "assistant")]
-    for name, row in (("chat", {"messages": chat, "id": 3}), ("text", {"text": "a"}), ("other", {"body": "a"})):
-        (tmp_path / f"{name}.jsonl").write_text(f"{json.dumps(row)}\n" * 2)
+@pytest.mark.parametrize("load_data", [finetune_lora.load_data, continue_training.load_data])
+def test_examples_read_text_and_chats_and_refuse_anything_else(load_data, tmp_path):
+    chat = [{"role": role, "content": role} for role in ("system", "user", "assistant", "user", "assistant", "user")]
+    rows = {"chat": {"messages": chat, "id": 3}, "question": {"messages": chat[:2]}, "text": {"text": "a"}}
+    for name, row in {**rows, "other": {"body": "a"}}.items():
+        (tmp_path / f"{name}.jsonl").write_text(f"{json.dumps(row)}\n")
     (tmp_path / "text.txt").write_text("Two\nlines")
-    for load_files in (finetune_lora.load_files, continue_training.load_files):
-        assert load_files([str(tmp_path / "chat.jsonl")])[1] == {"prompt": chat[:2], "completion": chat[2:]}
-        assert load_files([str(tmp_path / "text.jsonl")])[1] == {"text": "a"}
-        assert load_files([str(tmp_path / "text.txt")])[0]["text"] == "Two\nlines"
-        with pytest.raises(ValueError, match="body.*Supported: `text`, `messages`, or `prompt` and `completion`"):
-            load_files([str(tmp_path / "other.jsonl")])
+    (tmp_path / "dataset").mkdir()
+    shutil.copy(tmp_path / "text.jsonl", tmp_path / "dataset" / "train.jsonl")
+
+    def load(*names):
+        return list(load_data([str(tmp_path / name) for name in names]))
+
+    assert load("chat.jsonl") == [{"prompt": chat[:end], "completion": [chat[end]]} for end in (2, 4)]
+    assert load("text.jsonl") == load("dataset") == [{"text": "a"}]
+    assert load("text.txt", "text.txt") == 2 * [{"text": "Two\nlines"}]
+    with pytest.raises(ValueError, match="body.*Supported: `text`, `messages`, or `prompt` and `completion`"):
+        load("other.jsonl")
+    with pytest.raises(ValueError, match="question.jsonl.*have no reply"):
+        load("question.jsonl")
+    for names in (("text.txt", "chat.jsonl"), ("text.csv", "text.csv")):
+        with pytest.raises(ValueError, match="supported are only `.txt` files, only `.jsonl` files, or one dataset"):
+            load(*names)
+
+
+@pytest.mark.parametrize("script", ["continue_training.py", "finetune_lora.py"])
+def test_only_the_replies_of_a_chat_have_a_loss(script, tmp_path):
+    """The first loss is the base's on the tokens that the chat template adds to the prompt."""
+    tokenizer = train_tokenizer([__file__], vocab_size=300)
+    tokenizer.chat_template = (
+        "{% for message in messages %}<{{ message.role }}>{{ message.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    base = tiny_base("llama", vocab_size=len(tokenizer))
+    for saved in (attnres_of(base), tokenizer):
+        saved.save_pretrained(tmp_path / "attnres")
+    chat = [{"role": "user", "content": "One?"}, {"role": "assistant", "content": "Two."}]
+    (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": chat}))
+    options = ("--model", tmp_path / "attnres", "--data", tmp_path / "chat.jsonl", "--output_dir", tmp_path / "trained")
+    run(script, *options, *SHORT, "--max_steps", 1, "--logging_steps", 1, "--save_steps", 1)
+
+    prompt, text = "<user>One?\n<assistant>", "<user>One?\n<assistant>Two.\n"
+    labels = tokenizer(text, return_tensors="pt")["input_ids"]
+    inputs = labels.clone()
+    labels[:, : len(tokenizer(prompt)["input_ids"])] = -100
+    with torch.no_grad():
+        expected = base(inputs, labels=labels).loss.item()
+    state = json.loads((tmp_path / "trained" / "checkpoint-1" / "trainer_state.json").read_text())
+    losses = [row["loss"] for row in state["log_history"] if "loss" in row]
+    assert losses == [pytest.approx(expected, abs=1e-4)]
 
 
 def test_a_base_from_scratch_retrofitted_trained_on_and_generating(real_text, tmp_path):
@@ -107,7 +146,7 @@ def test_a_base_from_scratch_retrofitted_trained_on_and_generating(real_text, tm
     assert after < before - 0.2
 
     retrofit(tmp_path / "base", tmp_path / "attnres")
-    options = ("--model", tmp_path / "attnres", "--files", *files, *SHORT, "--max_steps", 1)
+    options = ("--model", tmp_path / "attnres", "--data", *files, *SHORT, "--max_steps", 1)
     run("continue_training.py", *options, "--output_dir", tmp_path / "trained", "--attn_res_learning_rate", 5e-4)
     trained = AutoModelForCausalLM.from_pretrained(tmp_path / "trained")
     assert trained.config.model_type == "attnres"
@@ -165,7 +204,7 @@ def test_from_scratch_with_tensorboard_and_resumed(real_text, tmp_path):
     run("experiments/train_base.py", tmp_path / "scratch", "--files", *files, "--steps", 2, *small, "--attnres", "full")
     config = json.loads((tmp_path / "scratch" / "config.json").read_text())
     assert (config["attn_res_type"], config["attn_res_scale"]) == ("full", "mean")
-    options = ("--model", tmp_path / "scratch", "--files", *files, *SHORT, "--max_steps", 4, "--logging_steps", 1)
+    options = ("--model", tmp_path / "scratch", "--data", *files, *SHORT, "--max_steps", 4, "--logging_steps", 1)
     options += ("--save_steps", 2, "--output_dir", tmp_path / "trained", "--report_to", "tensorboard")
     run("continue_training.py", *options)
     events = b"".join(path.read_bytes() for path in tmp_path.rglob("events.out.tfevents.*"))
