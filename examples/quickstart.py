@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from datasets import load_dataset
+from datasets import disable_progress_bars, load_dataset
 from smollm2 import smollm2
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
@@ -34,11 +34,12 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, help="folder for the checkpoints (default: a temporary folder)")
     parser.add_argument("--files", nargs="+", help="text files to train on (default: Python's library)")
-    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--steps", type=int, default=8)
     args = parser.parse_args()
     folder = args.folder or Path(tempfile.mkdtemp(prefix="attnres-"))
     files = args.files or sorted(map(str, Path(sysconfig.get_path("stdlib")).glob("*.py")))[:40]
     disable_progress_bar()
+    disable_progress_bars()
 
     print("1. Retrofit", flush=True)
     base_folder = smollm2(folder / "base")

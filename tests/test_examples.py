@@ -1,5 +1,6 @@
 """The examples run as a user runs them, with little to do."""
 
+import copy
 import json
 import runpy
 import shutil
@@ -85,6 +86,33 @@ def test_quickstart(smollm2_folder, real_text, tmp_path):
     assert all((layer.mlp_res.query != 0).any() for layer in model.model.layers)
 
 
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer([__file__], vocab_size=300)
+
+
+def save(folder, *parts):
+    for part in parts:
+        part.save_pretrained(folder)
+    return folder
+
+
+def test_the_notebook(tokenizer, tmp_path):
+    """With a small base, in a Jupyter kernel. The trained queries are in its last outputs."""
+    nbclient = pytest.importorskip("nbclient", reason="`pip install nbclient ipykernel`")
+    nbformat = pytest.importorskip("nbformat")
+    base = save(tmp_path / "base", tiny_base("llama", vocab_size=len(tokenizer)), tokenizer)
+    text = (EXAMPLES / "quickstart.ipynb").read_text()
+    assert "HuggingFaceTB/SmolLM2-135M-Instruct" in text
+    notebook = nbformat.reads(text.replace("HuggingFaceTB/SmolLM2-135M-Instruct", str(base)), 4)
+    nbclient.NotebookClient(notebook, resources={"metadata": {"path": tmp_path}}).execute()
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
+    printed = "".join(output.get("text", "") for output in outputs)
+    assert "Same: largest difference" in printed
+    assert "All queries are zero" not in printed and "layer 4 MLP" in printed
+    assert any("<iframe" in output.get("data", {}).get("text/html", "") for output in outputs)
+
+
 @pytest.mark.parametrize("load_data", [finetune_lora.load_data, continue_training.load_data])
 def test_examples_read_text_and_chats_and_refuse_anything_else(load_data, tmp_path):
     chat = [{"role": role, "content": role} for role in ("system", "user", "assistant", "user", "assistant", "user")]
@@ -111,16 +139,15 @@ def test_examples_read_text_and_chats_and_refuse_anything_else(load_data, tmp_pa
 
 
 @pytest.mark.parametrize("script", ["continue_training.py", "finetune_lora.py"])
-def test_only_the_replies_of_a_chat_have_a_loss(script, tmp_path):
+def test_only_the_replies_of_a_chat_have_a_loss(script, tokenizer, tmp_path):
     """The first loss is the base's on the tokens that the chat template adds to the prompt."""
-    tokenizer = train_tokenizer([__file__], vocab_size=300)
+    tokenizer = copy.copy(tokenizer)
     tokenizer.chat_template = (
         "{% for message in messages %}<{{ message.role }}>{{ message.content }}\n{% endfor %}"
         "{% if add_generation_prompt %}<assistant>{% endif %}"
     )
     base = tiny_base("llama", vocab_size=len(tokenizer))
-    for saved in (attnres_of(base), tokenizer):
-        saved.save_pretrained(tmp_path / "attnres")
+    save(tmp_path / "attnres", attnres_of(base), tokenizer)
     chat = [{"role": "user", "content": "One?"}, {"role": "assistant", "content": "Two."}]
     (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": chat}))
     options = ("--model", tmp_path / "attnres", "--data", tmp_path / "chat.jsonl", "--output_dir", tmp_path / "trained")
