@@ -10,10 +10,9 @@ length for both.
 import argparse
 from collections import defaultdict
 
-import torch
-from text import recent_files, token_blocks
+from text import parse_and_load
 from torch.utils.data import DataLoader
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from modeling_attnres.training import ATTN_RES_MODULES
 
@@ -50,16 +49,9 @@ def noise_scales(model: PreTrainedModel, batches: list[dict], tokens: int) -> di
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", help="folder or Hub id")
-    parser.add_argument("--files", nargs="+", help="text files (default: the newest sources of transformers)")
     parser.add_argument("--batches", type=int, default=32)
     parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--block-length", type=int, default=256)
-    args = parser.parse_args()
-
-    tokenizer = AutoTokenizer.from_pretrained(args.checkpoint)
-    model = AutoModelForCausalLM.from_pretrained(args.checkpoint, dtype=torch.float32)
-    blocks, _ = token_blocks(args.files or recent_files(), tokenizer, args.block_length)
+    args, model, blocks, _ = parse_and_load(parser)
     loader = DataLoader(blocks.shuffle(seed=0), args.batch_size, drop_last=True)
     batches = [batch for batch, _ in zip(loader, range(args.batches))]
     tokens = args.batch_size * args.block_length

@@ -1,12 +1,14 @@
 """Text files as blocks of tokens, for training."""
 
+import argparse
 import sysconfig
 from pathlib import Path
 
+import torch
 import transformers
 from datasets import Dataset
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 
 def default_files() -> list[str]:
@@ -57,3 +59,16 @@ def token_blocks(files: list[str], tokenizer: PreTrainedTokenizerBase, length: i
         )
     train, evaluation = (Dataset.from_dict({"input_ids": rows, "labels": rows}) for rows in (blocks, held_out))
     return train.with_format("torch"), evaluation.with_format("torch")
+
+
+def parse_and_load(
+    parser: argparse.ArgumentParser,
+) -> tuple[argparse.Namespace, PreTrainedModel, Dataset, Dataset]:
+    """The options, the float32 model of the checkpoint that they name, and its blocks as of `token_blocks`."""
+    parser.add_argument("checkpoint", help="folder or Hub id")
+    parser.add_argument("--files", nargs="+", help="text files (default: the newest sources of transformers)")
+    parser.add_argument("--block-length", type=int, default=256)
+    args = parser.parse_args()
+    model = AutoModelForCausalLM.from_pretrained(args.checkpoint, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(args.checkpoint)
+    return args, model, *token_blocks(args.files or recent_files(), tokenizer, args.block_length)

@@ -8,8 +8,8 @@ All other queries are set back to zero, their first value. Key norms stay, since
 import argparse
 
 import torch
-from text import recent_files, sample, token_blocks
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from text import parse_and_load, sample
+from transformers import PreTrainedModel
 
 from modeling_attnres import DepthAttention
 
@@ -33,16 +33,10 @@ def loss_with(kept: set[str], model: PreTrainedModel, rows: torch.Tensor) -> flo
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", help="folder or Hub id")
-    parser.add_argument("--files", nargs="+", help="text files (default: the newest sources of transformers)")
     parser.add_argument("--eval-blocks", type=int, default=32)
-    parser.add_argument("--block-length", type=int, default=256)
     parser.add_argument("--parts", type=int, default=3, help="number of parts of the depth")
-    args = parser.parse_args()
-
-    model = AutoModelForCausalLM.from_pretrained(args.checkpoint, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(args.checkpoint)
-    _, held_out = token_blocks(args.files or recent_files(), tokenizer, args.block_length)
+    args, model, _, held_out = parse_and_load(parser)
+    model.eval()
     # The same blocks as in compare_training.py
     rows = sample(held_out, args.eval_blocks)["input_ids"]
 
