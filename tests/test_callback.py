@@ -1,4 +1,4 @@
-"""The callback: what it logs while a model trains, read back from TensorBoard's files."""
+"""The numbers that the callback logs during training, read from TensorBoard's files."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ def data(rows=16):
 
 
 def train(model, folder, callback=True, steps=6, **arguments):
-    """Trains, and gives the trainer back."""
+    """Trains, and returns the trainer."""
     torch.manual_seed(0)
     args = TrainingArguments(
         folder,
@@ -38,7 +38,7 @@ def train(model, folder, callback=True, steps=6, **arguments):
     return trainer
 
 
-def test_tensorboard_shows_routing_form(tmp_path, monkeypatch):
+def test_tensorboard_shows_the_depth_attention(tmp_path, monkeypatch):
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "runs"))
     model = attnres_of(tiny_base("llama"), attn_res_block_size=2)
     trainer = train(model, tmp_path, report_to="tensorboard")
@@ -50,7 +50,7 @@ def test_tensorboard_shows_routing_form(tmp_path, monkeypatch):
     assert selectivity[0][1] == pytest.approx(0, abs=1e-6) and norm[0][1] == 0
     assert norm[-1][1] > norm[1][1] > 0 and selectivity[-1][1] > 0.001
 
-    # The last ones, from the model as it is now
+    # The last values, computed from the trained model
     queries = {name: module.query for name, module in model.named_modules() if name.endswith("_res")}
     largest = max(query.norm().item() for query in queries.values())
     assert series["train/depth_attention/max_query_norm"][-1][1] == pytest.approx(largest, rel=1e-5)
@@ -68,8 +68,8 @@ def test_tensorboard_shows_routing_form(tmp_path, monkeypatch):
     assert series["train/depth_attention/max_1-entropy"][-1][1] == pytest.approx(max(expected.values()), rel=1e-4)
 
 
-def test_it_does_not_touch_the_training(tmp_path):
-    """The same losses and the same weights, dropout and all."""
+def test_the_training_is_the_same_without_it(tmp_path):
+    """The same losses and the same weights, also with dropout."""
     models = [attnres_of(tiny_base("llama", attention_dropout=0.2), attn_res_block_size=2) for _ in range(2)]
     trainers = [train(model, tmp_path, callback) for model, callback in zip(models, (False, True))]
     losses = [[entry["loss"] for entry in trainer.state.log_history if "loss" in entry] for trainer in trainers]
@@ -78,7 +78,7 @@ def test_it_does_not_touch_the_training(tmp_path):
         assert torch.equal(ours, theirs)
 
 
-def test_padding_is_left_out(tmp_path):
+def test_padding_is_ignored(tmp_path):
     model = attnres_of(tiny_base("llama"), attn_res_block_size=2)
     trainer = train(model, tmp_path, steps=2)
     callback = next(c for c in trainer.callback_handler.callbacks if isinstance(c, DepthAttentionCallback))
@@ -95,8 +95,8 @@ def test_a_model_without_depth_attention_is_refused(tmp_path):
         DepthAttentionCallback(trainer)
 
 
-def test_the_norms_are_those_of_the_queries_that_train(tmp_path):
-    """PEFT keeps the frozen ones beside them, and virtual tokens come before the batch's."""
+def test_the_norms_are_those_of_the_trained_queries(tmp_path):
+    """PEFT keeps the frozen queries too. With prompt tuning, virtual tokens come before those of the batch."""
     lora = LoraConfig(target_modules="all-linear", modules_to_save=ATTN_RES_MODULES)
     model = get_peft_model(attnres_of(tiny_base("llama")), lora)
     trainer = train(model, tmp_path, logging_strategy="epoch")

@@ -1,4 +1,4 @@
-"""The evaluation examples: tasks out of BIG-bench's files, and checkpoints judged on them question by question."""
+"""The evaluation examples: tasks from files of BIG-bench, and checkpoints compared on them question by question."""
 
 import json
 
@@ -69,12 +69,12 @@ def test_a_retrofit_chooses_as_its_base_does(tasks, smollm2_folder, tmp_path):
 
 
 def test_better_than_chance(tasks):
-    """Chance is what guessing gets, or one answer to all questions, or a rule by the answers' lengths alone."""
+    """Chance is the best of guessing, one answer to all questions, and rules that only look at the lengths."""
     pytest.importorskip("lm_eval", reason="`pip install lm-eval`")
     from evaluation.evaluate import better_than_chance, chance
 
     def samples(rows, accuracy=0.0):
-        """Of rows of choices, the right one first; named by its number and by its text, as lm-eval's tasks do."""
+        """Rows of choices with the right one first. As in lm-eval's tasks, the target is its number or its text."""
         return [
             {
                 **{"target": 0 if number % 2 else choices[0], "resps": [[()]] * len(choices)},

@@ -1,4 +1,4 @@
-"""The examples run as a user runs them, with little to do."""
+"""The examples run as commands, on small models and few steps."""
 
 import copy
 import json
@@ -53,7 +53,7 @@ def test_blocks_of_any_number_of_texts(tmp_path):
 
     train, held_out = token_blocks(files, tokenizer, 8)
     assert {"9", "19"} <= words(held_out) and not {"9", "19"} & words(train)
-    # Of one file the end is held out
+    # With one file, its end is held out
     train, held_out = token_blocks(files[:1], tokenizer, 8)
     assert len(held_out) == -(-(len(train) + len(held_out)) // 10)
     tokenizer.eos_token = None
@@ -164,7 +164,7 @@ def test_only_the_replies_of_a_chat_have_a_loss(script, tokenizer, tmp_path):
     assert losses == [pytest.approx(expected, abs=1e-4)]
 
 
-def test_a_base_from_scratch_retrofitted_trained_on_and_generating(real_text, tmp_path):
+def test_train_a_base_retrofit_it_train_it_and_chat(real_text, tmp_path):
     files = texts(tmp_path, real_text)
     small = ("--hidden-size", 64, "--layers", 3, "--vocab-size", 400)
     output = run("experiments/train_base.py", tmp_path / "base", "--files", *files, "--steps", 8, *small)
@@ -208,7 +208,7 @@ def test_compare_training(real_text, tmp_path):
     assert [row["arm"] for row in rows] == ["base", "attnres", "attnres-only", "lora", "lora-attnres"]
     first, _, last = ([row["losses"][i]["loss"] for row in rows] for i in range(3))
     assert first == pytest.approx([first[0]] * 5, abs=1e-4), "each arm starts as the base"
-    assert len({round(loss, 5) for loss in (first[0], *last)}) == 6, "and goes its own way"
+    assert len({round(loss, 5) for loss in (first[0], *last)}) == 6, "and ends at its own loss"
     for arm in ("attnres", "attnres-only", "lora-attnres"):
         model = AutoModelForCausalLM.from_pretrained(tmp_path / "models" / f"{arm}-0.001-0.0005-seed0")
         assert (model.model.layers[-1].output_res.query != 0).any()
@@ -218,7 +218,7 @@ def test_compare_training(real_text, tmp_path):
         )
         assert torch.equal(before, after) == (arm == "attnres-only")
 
-    # Without a learning rate of their own, and with another optimizer, for which a step of this learning rate is tiny
+    # One learning rate for all parameters, and SGD, for which a step of this learning rate is tiny
     plain = (*arguments, "--eval-steps", 1, "--eval-blocks", 4, "--rates", 1e-6, "--optim", "sgd", "--arms", "attnres")
     run("experiments/compare_training.py", tmp_path / "base", *plain, "--output", tmp_path / "plain.jsonl")
     row = json.loads((tmp_path / "plain.jsonl").read_text())
@@ -237,21 +237,21 @@ def test_from_scratch_with_tensorboard_and_resumed(real_text, tmp_path):
     events = b"".join(path.read_bytes() for path in tmp_path.rglob("events.out.tfevents.*"))
     assert b"train/loss" in events and b"train/depth_attention/1-entropy" in events
 
-    # As if it had been killed while it wrote the last checkpoint
+    # The state of a run that was killed while it wrote its last checkpoint
     weights = (tmp_path / "trained" / "model.safetensors").read_bytes()
     (tmp_path / "trained" / "checkpoint-4" / "trainer_state.json").unlink()
     (tmp_path / "trained" / "checkpoint-4" / "optimizer.pt").unlink()
     (tmp_path / "trained" / "model.safetensors").unlink()
     run("continue_training.py", *options, "--resume", "true")
     assert (tmp_path / "trained" / "model.safetensors").read_bytes() == weights
-    # And before it wrote the first
+    # The state of a run that was killed before its first checkpoint
     shutil.rmtree(tmp_path / "trained")
     run("continue_training.py", *options, "--resume", "true")
     assert (tmp_path / "trained" / "model.safetensors").read_bytes() == weights
 
 
 def test_pretrain(real_text, tmp_path):
-    """Base and AttnRes start as one model, see the same batches, and are told apart by the picture's table."""
+    """Base and AttnRes start as one model, see the same batches, and have their own rows in the table."""
     small = ("--hidden-size", 64, "--layers", 2, "--vocab-size", 400, "--batch-size", 2, "--block-length", 64)
     short = ("--steps", 4, "--eval-steps", 2, "--eval-blocks", 2, "--files", *texts(tmp_path, real_text))
     arms = ("--arms", "base", "block-sum", "full-mean", "--seeds", 0, 1)
@@ -262,12 +262,14 @@ def test_pretrain(real_text, tmp_path):
     assert all(0 == row["losses"][0]["seconds"] < row["losses"][1]["seconds"] for row in rows)
     first, last = ([row["losses"][i]["loss"] for row in rows] for i in (0, -1))
     assert first[2:4] == pytest.approx(first[:2], abs=1e-5), "with sum scaling AttnRes starts as its base"
-    # Queries have moved, but hardly: the same batches give nearly the same loss
+    # The queries have moved very little, so the same batches give nearly the same loss
     assert last[2:4] == pytest.approx(last[:2], abs=2e-2) and last[2:4] != pytest.approx(last[:2], abs=1e-6)
-    # Of the weights: how far their losses are apart depends on the text
+    # Compared by weights, since the difference of the losses depends on the text
     config = llama_config(train_tokenizer([__file__], vocab_size=300), 64, 2)
     weights = [build(config, "base", seed).model.layers[0].mlp.up_proj.weight for seed in (0, 1)]
-    assert (weights[0] - weights[1]).abs().mean() > 1e-3 and first[0] != first[1], "a seed has first weights of its own"
+    assert (weights[0] - weights[1]).abs().mean() > 1e-3 and first[0] != first[1], (
+        "each seed has its own initial weights"
+    )
 
     picture = tmp_path / "plot" / "losses.png"
     output = run("experiments/plot_training.py", tmp_path / "losses.jsonl", "--output", picture)
@@ -284,7 +286,7 @@ def test_each_arm_at_its_best_setting(tmp_path):
         return {"arm": arm, "seed": seed, "learning_rate": rate, "losses": losses, "seconds": 77, **fields}
 
     rows = [row("base", seed, 1e-3, final, 10) for seed, final in ((0, 3.0), (1, 3.2))]
-    # A block size is none of a base's business
+    # A base has no block size, so the field is ignored
     rows += [row("base", 0, 1e-2, float("nan"), 10, block_size=4, temperature=None)]
     for size, finals in ((1, (2.0, 2.6)), (2, (1.9,))):
         attn_res = {"attn_res_learning_rate": 1e-4, "block_size": size, "temperature": 4.5}
@@ -294,11 +296,11 @@ def test_each_arm_at_its_best_setting(tmp_path):
     arms = read([tmp_path / "losses.jsonl"], ["arm"])
     assert table(arms, {arm: best(arm, arms[arm]) for arm in arms}).splitlines()[2:] == [
         "| base | learning_rate 0.001 | 3.1000 (3.0000 to 3.2000) |  |  |",
-        # 4.0 to 2.0 in 20 seconds and 4.0 to 2.6, after 10 seconds half of it
+        # The losses fall from 4.0 to 2.0 and to 2.6 in 20 seconds, and half as far in 10 seconds
         "| attnres | learning_rate 0.001, attn_res_learning_rate 0.0001, block_size 1 | 2.3000 (2.0000 to 2.6000) | "
         "-0.8000 (-1.0000 to -0.6000) | 0.0500 (0.0000 to 0.1000) |",
     ]
-    # By the short runs a step of AttnRes takes 1.2 of the base's: 7.5 steps of 9 in the base's time
+    # In the short runs, a step of AttnRes takes 1.2 times a step of the base, so 7.5 of 9 steps fit in the base's time
     speeds = [("base", 5.0), ("base", 1.0), ("base", 1.0), ("attnres", 1.2)]
     rows = [{"arm": arm, "losses": [{"step": 4, "seconds": 4 * speed}]} for arm, speed in speeds]
     (tmp_path / "short.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
@@ -318,7 +320,7 @@ def test_each_arm_at_its_best_setting(tmp_path):
 
 
 def test_the_noise_of_a_gradient():
-    """Against the variance of gradients that are the inputs themselves."""
+    """The gradients of this model are its inputs, so their variance is known."""
     from gradient_noise import noise_scales
 
     class Linear(torch.nn.Module):
@@ -342,7 +344,7 @@ def test_the_noise_of_a_gradient():
 
 
 def test_which_queries():
-    """Without any, a model with queries is its base."""
+    """Without queries, the model computes the loss of its base. With all of them, its own."""
     from which_queries import loss_with
 
     base = tiny_base("llama")

@@ -1,4 +1,4 @@
-"""Adapters by PEFT: what is trained, saved, loaded, merged and switched is the depth attention too."""
+"""PEFT adapters also train, save, load, merge and switch the depth attention."""
 
 import pytest
 import torch
@@ -51,7 +51,7 @@ def queries(model):
 
 
 @each_adapter
-def test_an_adapter_is_trained_saved_loaded_merged_and_taken_off(adapter, base, tokens, tmp_path):
+def test_an_adapter_is_trained_saved_loaded_merged_and_unloaded(adapter, base, tokens, tmp_path):
     model = get_peft_model(attnres_of(base), adapter())
     assert (queries(model) == 0).all() and len(queries(model)) == 10
     torch.testing.assert_close(logits(model.eval(), tokens), logits(base, tokens), rtol=0, atol=1e-5)
@@ -62,7 +62,7 @@ def test_an_adapter_is_trained_saved_loaded_merged_and_taken_off(adapter, base, 
     model.save_pretrained(tmp_path)
     saved = load_file(tmp_path / "adapter_model.safetensors")
     of_attn_res = [name for name in saved if not set(ATTN_RES_MODULES).isdisjoint(name.split("."))]
-    # Query and key norm of ten depth attentions, and none of them wrapped as a linear layer would be
+    # Query and key norm of ten depth attentions, not wrapped as linear layers
     assert len(of_attn_res) == 20 and all(saved[name].shape == (32,) for name in of_attn_res)
 
     loaded = PeftModel.from_pretrained(attnres_of(base), tmp_path).eval()
@@ -76,7 +76,7 @@ def test_an_adapter_is_trained_saved_loaded_merged_and_taken_off(adapter, base, 
     again = AttnResForCausalLM.from_pretrained(tmp_path / "merged")
     torch.testing.assert_close(logits(again, tokens), trained, rtol=0, atol=1e-5)
 
-    # As PEFT does it: `unload` takes the LoRA off and leaves `modules_to_save` as trained
+    # `unload` removes the LoRA and keeps `modules_to_save` as trained
     unloaded = PeftModel.from_pretrained(attnres_of(base), tmp_path).unload().state_dict()
     for name, tensor in merged.state_dict().items():
         expected = tensor if name.endswith(("_res.query", "_res.key_norm")) else base.state_dict()[name]
@@ -100,7 +100,7 @@ def test_two_adapters_in_one_model(adapter, base, tokens, tmp_path):
 
 
 def test_attn_res_alone_is_a_light_adapter():
-    """SmolLM2-135M's shape: 60 depth attentions of 576 numbers, twice."""
+    """In the shape of SmolLM2-135M: 60 depth attentions with two vectors of 576 numbers each."""
     base = LlamaConfig(
         hidden_size=576,
         intermediate_size=1536,
@@ -119,7 +119,7 @@ def test_attn_res_alone_is_a_light_adapter():
 
 @pytest.mark.parametrize("config", [PromptTuningConfig, PrefixTuningConfig])
 def test_virtual_tokens(config, base, tokens):
-    """Prompt and prefix tuning read the sizes from the configuration, and give what the base gives with the same."""
+    """Prompt and prefix tuning read their sizes from the configuration. The results are those of the base."""
     models = []
     for model in (base, attnres_of(base)):
         torch.manual_seed(0)
@@ -132,7 +132,7 @@ def test_virtual_tokens(config, base, tokens):
 
 
 def test_hidden_states_with_an_adapter(base, tokens):
-    """Recorded by the class and the name of a module, which the adapters wrap."""
+    """Hidden states are recorded by class and name of a module, and adapters wrap modules."""
     model = attnres_of(base)
     expected = model(**tokens, output_hidden_states=True).hidden_states
     for adapter in ADAPTERS.values():

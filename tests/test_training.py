@@ -1,4 +1,4 @@
-"""Training with Trainer, next to the base: losses, the optimizer's groups, a run that was killed."""
+"""Training with Trainer, compared with the base: losses, parameter groups, and resuming a killed run."""
 
 import os
 import signal
@@ -31,7 +31,7 @@ def adamw(model, **rates):
 
 @pytest.mark.parametrize("label_smoothing_factor", [0.0, 0.1])
 def test_trainer_computes_the_base_s_loss(label_smoothing_factor, data, tmp_path):
-    """Smoothing labels is Trainer's own work, which shifts them for the models it knows."""
+    """Trainer smooths labels itself. It shifts them only for model classes that it recognizes."""
     args = arguments(tmp_path, label_smoothing_factor=label_smoothing_factor)
     base = tiny_base("llama")
     base_loss, loss = (
@@ -59,21 +59,21 @@ def test_parameter_groups_hold_each_trained_parameter_once():
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_what_trainer_does_not_decay_is_not_decayed(family, tmp_path):
-    """Trainer knows norms by their classes and names; beside them are vectors that it knows by nothing."""
+def test_parameters_without_weight_decay_in_trainer_have_none_in_our_groups(family, tmp_path):
+    """Trainer recognizes norms by class and name. Our groups also leave out other vectors."""
     model = attnres_of(tiny_base(family))
     groups = attn_res_parameter_groups(model, 1e-3, weight_decay=0.1)
     ours = {id(parameter) for group in groups if group["weight_decay"] for parameter in group["params"]}
     decayed = {name for name, parameter in model.named_parameters() if id(parameter) in ours}
-    trainer_s = set(Trainer(model, arguments(tmp_path)).get_decay_parameter_names(model))
-    trainer_s &= dict(model.named_parameters()).keys()  # not tied ones again
-    assert decayed <= trainer_s
+    of_trainer = set(Trainer(model, arguments(tmp_path)).get_decay_parameter_names(model))
+    of_trainer &= dict(model.named_parameters()).keys()  # without tied parameters
+    assert decayed <= of_trainer
     vectors = ("_res.query", "A_log", "sinks", "lightning_attn", "recurrent_param")
-    assert {name for name in trainer_s - decayed if not name.endswith(vectors)} == set()
+    assert {name for name in of_trainer - decayed if not name.endswith(vectors)} == set()
 
 
-def test_parameter_groups_by_trainer_s_hook(data, tmp_path):
-    """The first step of Adam is as long as the rate, whatever the gradient."""
+def test_parameter_groups_by_of_trainer_hook(data, tmp_path):
+    """The first step of Adam is as long as the learning rate, for any gradient."""
     model = attnres_of(tiny_base("llama"))
     before = model.model.norm.weight.clone()
     rates = {"learning_rate": 1e-3, "attn_res_learning_rate": 1e-4}
@@ -86,8 +86,8 @@ def test_parameter_groups_by_trainer_s_hook(data, tmp_path):
 
 
 @pytest.mark.parametrize("width", [32, 64, 256])
-def test_a_step_is_as_long_at_every_width(width, data, tmp_path):
-    """A retrofit, Trainer's own optimizer, a LoRA's rate: a step moves a logit by no more than 128 times the rate."""
+def test_the_max_change_of_the_logits_in_a_step_is_the_same_at_every_width(width, data, tmp_path):
+    """A step changes a logit of a retrofit by at most 128 times the learning rate, with Trainer's own optimizer."""
     tiny_base("llama", hidden_size=width).save_pretrained(tmp_path / "base")
     model = AutoModelForCausalLM.from_pretrained(retrofit(tmp_path / "base", tmp_path / "attnres"))
     args = arguments(tmp_path, max_steps=1, learning_rate=2e-4, lr_scheduler_type="constant")
@@ -97,7 +97,7 @@ def test_a_step_is_as_long_at_every_width(width, data, tmp_path):
     assert query.abs().sum().item() / model.config.attn_res_temperature == pytest.approx(128 * 2e-4, rel=1e-2)
 
 
-def test_a_rate_far_outside_is_warned_of():
+def test_a_large_learning_rate_gives_a_warning():
     model = attnres_of(tiny_base("llama"), attn_res_temperature=0.5)
     with pytest.warns(UserWarning, match="`attn_res_learning_rate` is 0.01.*up to 0.64.*0.0078 or less"):
         attn_res_parameter_groups(model, 5e-5, 1e-2)
@@ -106,7 +106,7 @@ def test_a_rate_far_outside_is_warned_of():
         attn_res_parameter_groups(model, 5e-5, 5e-3)
 
 
-def test_queries_in_half_precision_are_warned_of():
+def test_queries_in_half_precision_give_a_warning():
     model = attnres_of(tiny_base("llama")).to(torch.bfloat16)
     with pytest.warns(UserWarning, match="Queries and key norms are torch.bfloat16.*float32"):
         attn_res_parameter_groups(model, 5e-5)
@@ -124,8 +124,8 @@ class KillAt(TrainerCallback):
 
 
 @pytest.mark.parametrize("step, adapter", [(3, False), (4, False), (5, False), (5, True)])
-def test_a_killed_run_goes_on_where_it_was(step, adapter, data, tmp_path):
-    """The losses after resuming are those of a run that nothing happened to, dropout and all."""
+def test_a_killed_run_resumes(step, adapter, data, tmp_path):
+    """The losses after resuming are those of an uninterrupted run, also with dropout."""
 
     def run(folder, callbacks=None, resume=False):
         torch.manual_seed(0)

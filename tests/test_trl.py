@@ -1,4 +1,4 @@
-"""TRL's trainers as their users call them: AttnRes starts from the base's loss, and its queries train."""
+"""TRL's trainers: AttnRes starts at the loss of the base, and its queries are trained."""
 
 from math import log
 
@@ -22,7 +22,7 @@ def tokenizer():
 
 @pytest.fixture
 def models(tokenizer, tmp_path):
-    """From folders, since DPO loads its reference model from where its policy came."""
+    """From folders, since DPO loads its reference model from the folder of the policy."""
     base = tiny_base("llama", vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id)
     base.save_pretrained(tmp_path / "base")
     retrofit(tmp_path / "base", tmp_path / "attnres")
@@ -102,15 +102,15 @@ def test_dpo(adapter, models, pairs, tokenizer, tmp_path):
             peft_config=lora(name) if adapter else None,
         )
         logs[name], queries = first_log_and_queries(trainer)
-        # The policy is the reference at first, queries and all
+        # At first the policy equals the reference, also in its queries
         assert logs[name]["loss"] == pytest.approx(log(2), abs=1e-4)
     base, attnres, trained = (logs[name]["logps/chosen"] for name in models)
     assert attnres == pytest.approx(base, abs=1e-3) and abs(trained - base) > 0.1
     assert len(queries) == 10 and all((query != 0).any() for query in queries)
 
 
-def test_dpo_with_rates_of_their_own(models, pairs, tokenizer, tmp_path):
-    """DPOTrainer takes an optimizer but no function that makes one, so PEFT comes before it."""
+def test_dpo_with_a_learning_rate_for_the_queries(models, pairs, tokenizer, tmp_path):
+    """DPOTrainer accepts an optimizer, but no function that creates one. So the adapter is added first."""
     model = get_peft_model(models["attnres"], lora("attnres"))
     optimizer = torch.optim.AdamW(attn_res_parameter_groups(model, 1e-3, 1e-4))
     args = arguments(DPOConfig, tmp_path / "output")
@@ -118,7 +118,7 @@ def test_dpo_with_rates_of_their_own(models, pairs, tokenizer, tmp_path):
         model, args=args, train_dataset=pairs, processing_class=tokenizer, optimizers=(optimizer, None)
     )
     _, queries = first_log_and_queries(trainer)
-    # Three steps, at the rate, two thirds and one third of it
+    # Three steps: at the learning rate, two thirds and one third of it
     assert 1e-4 < max(query.abs().max() for query in queries) < 2.1e-4
     loras = [parameter for name, parameter in model.named_parameters() if "lora_B" in name]
     assert 1e-3 < max(parameter.abs().max() for parameter in loras) < 2.1e-3

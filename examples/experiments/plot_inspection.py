@@ -23,7 +23,7 @@ from modeling_attnres.probing import depth_attentions
 
 matplotlib.use("agg")
 STYLE = {"font.size": 8, "axes.titlesize": 9, "figure.constrained_layout.use": True, "hatch.linewidth": 0.5}
-# Clear to color-blind readers, and in print by the line style
+# Distinct for color-blind readers. The line styles are distinct in gray prints
 LINES = [("#0072B2", "-", "o"), ("#D55E00", "--", "s"), ("#009E73", "-.", "^"), ("#CC79A7", ":", "D")]
 FACTOR = "mean weight × sources (1: as in the base)"
 
@@ -34,9 +34,9 @@ def heat_maps(inspection, panels):
     size = (width, 1.4 + 0.13 * max(len(inspection.sublayers), 16))
     figure, axes = plt.subplots(1, len(panels), sharey=True, squeeze=False, figsize=size)
     for panel, (title, values, norm, label) in zip(axes[0], panels):
-        # Two-sided and light in the middle
+        # A diverging color map, light in the middle
         image = panel.imshow(values.numpy(), aspect="auto", interpolation="nearest", cmap="PuOr_r", norm=norm)
-        # Hatched where a sublayer does not have the source, which is not the same as a weight of zero
+        # Hatched where a sublayer does not have the source, to distinguish it from a weight of zero
         panel.patch.set(facecolor="white", edgecolor="0.6", hatch="/////", linewidth=0)
         panel.set_xticks(range(len(inspection.sources)), inspection.sources, rotation=90, fontsize=7)
         panel.set_yticks(range(len(inspection.sublayers)), inspection.sublayers, fontsize=6)
@@ -60,7 +60,7 @@ def draw_weights(inspections):
 def draw_ablation(inspection):
     changes = inspection.loss_changes
     greatest = max(changes.nan_to_num(0).abs().max().item(), 2e-3)
-    # Few sources matter much and most matter little: both have to show
+    # A few sources matter much and most matter little. A logarithmic scale shows both
     norm = SymLogNorm(linthresh=1e-3, vmin=-greatest, vmax=greatest)
     weights = (inspection.name, inspection.mean_factors, factor_norm([inspection]), FACTOR)
     return heat_maps(inspection, [weights, ("without the source", changes, norm, "change in loss")])

@@ -30,7 +30,7 @@ RATES = ("learning_rate", "attn_res_learning_rate")
 ATTN_RES = ("type", "block_size", "temperature")
 # Arms that are compared may differ in these fields
 OWN = (*RATES, *ATTN_RES, "optim", "parameters")
-# Fields of a row that are no settings
+# Fields of a row that are not settings
 MEASURED = ("seed", "losses", "seconds")
 
 
@@ -42,7 +42,7 @@ def read(files: list[Path], arms_by: list[str]) -> dict[str, dict[tuple, dict[in
             # A model without Attention Residuals has none of their settings
             row = {name: value for name, value in row.items() if name not in ATTN_RES}
         arm = " ".join(str(row[name]) for name in arms_by if name in row)
-        # Sorted: the order in which a script writes its fields makes no difference
+        # Sorted, since scripts write their fields in different orders
         setting = tuple(sorted((name, value) for name, value in row.items() if name not in (*MEASURED, *arms_by)))
         arms[arm][setting][row["seed"]] = row["losses"]
     return arms
@@ -175,7 +175,7 @@ def main():
     draw_sweep(panels[-1], arms, styles)
     for axes in panels:
         axes.grid(alpha=0.3)
-        # Below the axes, where it hides no curve
+        # Below the axes, so that it hides no curve
         axes.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.25), ncols=2)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(args.output, dpi=120)

@@ -64,7 +64,7 @@ def token_blocks(files: list[str], tokenizer: PreTrainedTokenizerBase, length: i
 def parse_and_load(
     parser: argparse.ArgumentParser,
 ) -> tuple[argparse.Namespace, PreTrainedModel, Dataset, Dataset]:
-    """The options, the float32 model of the checkpoint that they name, and its blocks as of `token_blocks`."""
+    """The options, the model of their `checkpoint` in float32, and the blocks of [`token_blocks`]."""
     parser.add_argument("checkpoint", help="folder or Hub id")
     parser.add_argument("--files", nargs="+", help="text files (default: the newest sources of transformers)")
     parser.add_argument("--block-length", type=int, default=256)

@@ -1,4 +1,4 @@
-"""The queries that a trained retrofit owes its gain to: loss on held-out text with only some of the queries.
+"""Which queries matter in a trained retrofit: the loss on held-out text with only some of the queries.
 
     python examples/experiments/which_queries.py my-attnres-trained
 

@@ -45,7 +45,7 @@ def evaluate(checkpoint: str, tasks: list[str], include: str | None, limit: int 
 
 
 def choice(sample: dict):
-    """The number of the choice that is likeliest per character, or the generated text."""
+    """The number of the choice that is most likely per character, or the generated text."""
     answers = sample["filtered_resps"]
     if len(answers) == 1:
         return answers[0]
@@ -54,7 +54,7 @@ def choice(sample: dict):
 
 
 def accuracy(samples: list[dict]) -> float:
-    """Per character where the task has that metric: otherwise the shortest answer is nearly always the likeliest."""
+    """The accuracy by likelihood per character, if the task has it. Without it, short answers nearly always win."""
     metric = next(name for name in ("acc_norm", "acc", "exact_match") if name in samples[0])
     return sum(sample[metric] for sample in samples) / len(samples)
 
