@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import runpy
 import shutil
 import subprocess
@@ -24,6 +25,7 @@ from modeling_attnres.conversion import retrofit
 
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
+SOAK = Path(__file__).with_name("soak.py")
 SHORT = ("--max_length", 64, "--report_to", "none", "--bf16", "false")
 
 
@@ -62,11 +64,14 @@ def test_blocks_of_any_number_of_texts(tmp_path):
         token_blocks(files[:1], tokenizer, 400)
 
 
-@pytest.mark.parametrize("script", sorted(EXAMPLES.rglob("*.py")), ids=lambda path: path.name)
+@pytest.mark.parametrize("script", [*sorted(EXAMPLES.rglob("*.py")), SOAK], ids=lambda path: path.name)
 def test_help(script, monkeypatch, capsys):
-    if "parse_args" not in script.read_text():
-        pytest.skip("takes no arguments" if "__main__" in script.read_text() else "is a module")
+    if "__main__" not in script.read_text():
+        pytest.skip("is a module")
+    if not re.search(r"\.parse_args|parse_and_load", script.read_text()):
+        pytest.skip("takes no arguments")
     monkeypatch.setattr(sys, "argv", [str(script), "--help"])
+    monkeypatch.syspath_prepend(script.parent)
     try:
         with pytest.raises(SystemExit) as end:
             runpy.run_path(str(script), run_name="__main__")
