@@ -93,7 +93,7 @@ class Inspection:
 
     def page(self) -> str:
         """An HTML page that shows the weights at each token. It needs no server, no network and no other file."""
-        # No text can end the element that it stands in
+        # Escaped, because "</script>" in a text would end the script
         data = json.dumps(self.to_dict(), separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
         page = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
         return page.replace("__NAME__", html.escape(self.name)).replace("__DATA__", data)

@@ -18,7 +18,7 @@ from transformers.utils import logging
 
 import modeling_attnres
 from modeling_attnres import AttnResConfig
-from modeling_attnres.configuration_attnres import ATTN_RES_FIELDS, AUTO_MAP
+from modeling_attnres.configuration_attnres import ATTN_RES_FIELDS, AUTO_MAP, WIDTH_AT_TEMPERATURE_1
 
 from .model_card import license_of, model_card
 from .reading import (
@@ -36,8 +36,6 @@ from .writing import check_copy, new_folder, place_files, shard_name, write_inde
 
 # The base's own files that a retrofit replaces are kept here, so that `revert` gives them back to the byte
 REPLACED = "attnres_base"
-# Trained at one learning rate, queries of all widths then change their logits as fast as those of this width
-WIDTH_AT_TEMPERATURE_1 = 128
 
 
 def retrofit(
@@ -55,8 +53,8 @@ def retrofit(
         link (`bool`, *optional*, defaults to `False`):
             hard-link the base's weights instead of copying them. Both folders then share them.
         revision (`str`, *optional*): branch, tag or commit of a base on the Hub.
-        attn_res: `attn_res_*` fields of [`AttnResConfig`]; `None` stands for the default. The default of
-            `attn_res_temperature` is `hidden_size / 128` here: one learning rate then suits all widths.
+        attn_res: `attn_res_*` fields of [`AttnResConfig`]. `None` means the default. Here, the default of
+            `attn_res_temperature` is `hidden_size / 128`, so that one learning rate suits all widths.
 
     Returns:
         `Path`: the output.

@@ -29,7 +29,9 @@ def new_folder(output: Path, source: Path) -> Iterator[Path]:
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise FileExistsError(f"The output {output} exists already and is not an empty folder.")
     if target == Path.cwd() or source.resolve() in target.parents:
-        raise ValueError(f"The output {output} is the current folder or lies in the source {source}: choose another.")
+        raise ValueError(
+            f"The output {output} is the current folder or lies in the source {source}: choose another folder."
+        )
     target.parent.mkdir(parents=True, exist_ok=True)
     for unfinished in target.parent.glob(f".{glob.escape(target.name)}.{'[0-9a-f]' * 8}.partial"):
         message = f"{unfinished} is from a killed run or from one that still runs: if none runs, remove it."

@@ -39,6 +39,10 @@ ATTN_RES_FIELDS = (
     "attn_res_temperature",
 )
 
+# The default temperature of a retrofit is its width divided by this one. With one learning rate, the logits then change
+# equally fast at all widths
+WIDTH_AT_TEMPERATURE_1 = 128
+
 # `attn_res_implementation` is not saved
 OWN_FIELDS = (*ATTN_RES_FIELDS, "attn_res_implementation")
 

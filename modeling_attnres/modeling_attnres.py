@@ -34,7 +34,7 @@ from transformers.modeling_layers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils.output_capturing import OutputRecorder
 
-from .configuration_attnres import AttnResConfig
+from .configuration_attnres import WIDTH_AT_TEMPERATURE_1, AttnResConfig
 from .depth_attention import DepthAttention
 from .residual_stream import Reader, ResidualStream, call, trace
 
@@ -285,7 +285,7 @@ class AttnResForCausalLM(AttnResOverBase, GenerationMixin):
             `ValueError`: if the base is not a causal language model, or is not supported.
         """
         base_config = base.config
-        attn_res = {"attn_res_temperature": base_config.hidden_size / 128, **attn_res}
+        attn_res = {"attn_res_temperature": base_config.hidden_size / WIDTH_AT_TEMPERATURE_1, **attn_res}
         config = AttnResConfig.from_base_config(base_config, **attn_res)
         if type(base) is not MODEL_FOR_CAUSAL_LM_MAPPING.get(type(base_config), None):
             raise ValueError(f"`base` is a {type(base).__name__}, but must be a causal language model of transformers.")

@@ -65,7 +65,7 @@ def final(runs: dict[int, list[dict]], seeds) -> float:
 def common_seeds(arm: str, settings: dict[tuple, dict]) -> set[int]:
     seeds = set.intersection(*map(set, settings.values()))
     if not seeds:
-        raise ValueError(f"The settings of arm {arm!r} have no seed in common, so there is no best one.")
+        raise ValueError(f"The settings of arm {arm!r} have no seed in common and cannot be compared.")
     return seeds
 
 
