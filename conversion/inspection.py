@@ -37,7 +37,7 @@ class Inspection:
         tokens (`list[str]`): the text.
         loss (`float`): mean loss on the text.
         weights (`torch.Tensor` of shape `(sublayers, tokens, sources)`): NaN at sources that a sublayer does not have.
-        query_norms (`torch.Tensor` of shape `(sublayers,)`): the distance of each query from zero, its first value.
+        query_norms (`torch.Tensor` of shape `(sublayers,)`): the norm of each query, which is 0 before training.
         loss_changes (`torch.Tensor` of shape `(sublayers, sources)`, *optional*):
             the growth of the loss without one source in one sublayer, with the other weights renormalized.
     """
@@ -63,12 +63,12 @@ class Inspection:
 
     @property
     def mean_factors(self) -> torch.Tensor:
-        """`(sublayers, sources)`: mean weight times number of sources. 1: as in the base, above: more."""
+        """`(sublayers, sources)`: mean weight times number of sources. 1 is the weight of the base."""
         return self.mean_weights * self.counts.unsqueeze(-1)
 
     @property
     def entropies(self) -> torch.Tensor:
-        """`(sublayers, tokens)`: the weights' entropy over that of equal weights. 1: equal; 0: all on one source."""
+        """`(sublayers, tokens)`: entropy of the weights / entropy of equal weights. 1: equal; 0: one source has all."""
         weights = self.weights.nan_to_num(0)
         return weights.xlogy(weights).sum(-1) / -self.counts.log().unsqueeze(-1)
 
@@ -143,7 +143,8 @@ def inspect_checkpoint(
         text (`str`, *optional*, defaults to a paragraph of English): the text.
         ablate (`bool`, *optional*, defaults to `False`):
             leave each source out of each sublayer, one at a time, and measure the loss: a forward pass for each. The
-            largest weight is not the largest cause ([arXiv 2606.13168](https://arxiv.org/abs/2606.13168)).
+            source with the largest weight may not have the largest effect
+            ([arXiv 2606.13168](https://arxiv.org/abs/2606.13168)).
         max_tokens (`int`, *optional*, defaults to 512): the length at which the text is cut.
         revision (`str`, *optional*): branch, tag or commit of a checkpoint on the Hub.
 
@@ -152,7 +153,7 @@ def inspect_checkpoint(
 
     Raises:
         `FileNotFoundError`: as for [`retrofit`].
-        `ValueError`: not an AttnRes causal language model, no tokenizer, a text of less than two tokens, or a model
+        `ValueError`: not an AttnRes causal language model, no tokenizer, a text of fewer than two tokens, or a model
             that has diverged.
     """
     folder = source = find_checkpoint(checkpoint, revision)

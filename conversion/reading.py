@@ -1,6 +1,6 @@
 # Copyright 2026 The modeling_attnres authors. Licensed under the Apache License, Version 2.0.
 """
-Reading a checkpoint that may come from a stranger: its files are parsed, never loaded. Nothing outside of the folder
+Reading a checkpoint that may be untrusted: its files are parsed, never loaded. Nothing outside of the folder
 is read, nothing is unpickled and no code is run. A `ValueError` or `FileNotFoundError` names the file and the problem.
 """
 
@@ -105,7 +105,9 @@ def read_checkpoint(source: str | Path, revision: str | None = None) -> Checkpoi
     folder = find_checkpoint(source, revision)
     for path in sorted(folder.rglob("*")):
         if path.is_symlink() and leads_out_of(folder, path):
-            raise ValueError(f"{path} is a link out of the folder, to {os.path.realpath(path)}: put the file there.")
+            raise ValueError(
+                f"{path} is a link out of the folder, to {os.path.realpath(path)}: put a copy in its place."
+            )
     if (folder / ADAPTER_CONFIG).exists():
         raise ValueError(
             f"{folder} holds a PEFT adapter: merge it into its base (`merge_and_unload`, then `save_pretrained`) and "

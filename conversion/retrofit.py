@@ -117,7 +117,7 @@ def read_config(checkpoint: Checkpoint) -> AttnResConfig:
     """The configuration of an AttnRes checkpoint, or a base's as an AttnRes configuration."""
     try:
         return AttnResConfig.from_dict(checkpoint.config)
-    except Exception as error:  # noqa: BLE001  a stranger's file: transformers may fail on it anywhere
+    except Exception as error:  # noqa: BLE001  an untrusted file: transformers may fail on it anywhere
         # A validator wraps its error
         reason = error.__cause__ or error
         raise ValueError(f"{checkpoint.folder / CONFIG} is not a valid configuration: {reason}") from error
@@ -180,11 +180,11 @@ def _config_json(source: Checkpoint, config: AttnResConfig) -> dict[str, Any]:
 def _new_tensors(source: Checkpoint, config: AttnResConfig, architecture: str) -> dict[str, torch.Tensor]:
     """
     The tensors that a retrofit adds to its base. transformers loads the base's tensors, without values, into a model on
-    the meta device: it knows how each family keeps its experts on disk. The result shows what is missing or misshapen.
-    The packed weights of a quantized base are not checked here, but by `verify`.
+    the meta device: it knows the layout of each family's experts on the disk, and reports missing tensors and wrong
+    shapes. The packed weights of a quantized base are not checked here, but by `verify`.
     """
     if taken := sorted(filter(NEW_TENSOR.search, source.tensors)):
-        raise ValueError(f"{source.folder} has a tensor {taken[0]!r} already, the name of one that a retrofit adds.")
+        raise ValueError(f"{source.folder} has a tensor {taken[0]!r}, the name of one that a retrofit adds: rename it.")
     is_packed = source.config.get("quantization_config") is not None
     model_class = getattr(modeling_attnres, architecture)
     verbosity, progress_bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -206,7 +206,7 @@ def _new_tensors(source: Checkpoint, config: AttnResConfig, architecture: str) -
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
             )
-    except Exception as error:  # noqa: BLE001  a stranger's files: transformers may fail on them anywhere
+    except Exception as error:  # noqa: BLE001  untrusted files: transformers may fail on them anywhere
         raise ValueError(f"No model can be built from {source.folder}: {error}") from error
     finally:
         logging.set_verbosity(verbosity)
@@ -217,7 +217,9 @@ def _new_tensors(source: Checkpoint, config: AttnResConfig, architecture: str) -
             f"The tensor {name!r} of {source.folder} has shape {list(shape)}, but {CONFIG} makes it {list(expected)}."
         )
     if missing := sorted(name for name in problems["missing_keys"] if not NEW_TENSOR.search(name)):
-        raise ValueError(f"{source.folder} has no tensor {missing[0]!r}, which {CONFIG} asks for: they do not fit.")
+        raise ValueError(
+            f"{source.folder} has no tensor {missing[0]!r}, but {CONFIG} requires it: they do not fit together."
+        )
     # transformers also loads a model with a head from the names of its bare decoder
     prefix = "" if any(name.startswith("model.") for name in source.tensors) else "model."
     return {

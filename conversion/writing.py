@@ -21,8 +21,8 @@ from .reading import INDEX, Checkpoint, file_stamps, read_checkpoint, read_heade
 @contextmanager
 def new_folder(output: Path, source: Path) -> Iterator[Path]:
     """
-    A hidden folder beside `output`. At the end of the block it is renamed to `output`; after an error it is removed. A
-    killed process leaves it, and the next run warns of it.
+    A hidden folder beside `output`. At the end of the `with` statement it is renamed to `output`; after an error it is
+    removed. A killed process leaves it, and the next run warns of it.
     """
     # A link to a folder stays a link
     target = output.resolve()
@@ -34,7 +34,7 @@ def new_folder(output: Path, source: Path) -> Iterator[Path]:
         )
     target.parent.mkdir(parents=True, exist_ok=True)
     for unfinished in target.parent.glob(f".{glob.escape(target.name)}.{'[0-9a-f]' * 8}.partial"):
-        message = f"{unfinished} is from a killed run or from one that still runs: if none runs, remove it."
+        message = f"{unfinished} is from a killed run, or another run is using it: if none is active, remove it."
         warnings.warn(message, stacklevel=4)
     partial = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.partial"
     try:

@@ -5,8 +5,8 @@ Fine-tunes a retrofit with PEFT: a LoRA on the linear layers, and the depth atte
     python examples/finetune_lora.py --model my-attnres --data chats.jsonl --output_dir my-adapter
     python examples/finetune_lora.py --model my-attnres --data chats.jsonl --output_dir my-adapter --attn_res_only true
 
-The data are `.txt` files, `.jsonl` files or a dataset of the Hub, with the field `text`, `messages` (a chat, of which
-the replies are trained), or `prompt` and `completion`. All fields of TRL's `SFTConfig` are options, on the command line
+The data are `.txt` files, `.jsonl` files or a dataset of the Hub, with the field `text`, `messages` (a chat; only the
+replies have a loss), or `prompt` and `completion`. All fields of TRL's `SFTConfig` are options, on the command line
 and in a YAML file (`--config`).
 `PeftModel.from_pretrained(model, "my-adapter")` loads the adapter, and `merge_and_unload()` merges it.
 """
@@ -42,13 +42,13 @@ def load_data(names: list[str]) -> Dataset:
     elif len(names) == 1 and not Path(names[0]).is_file():
         data = load_dataset(names[0], split="train")
     else:
-        raise ValueError(f"{names}: supported are only `.txt` files, only `.jsonl` files, or one dataset.")
+        raise ValueError(f"{names}: give only `.txt` files, only `.jsonl` files, or one dataset.")
     columns = set(data.column_names)
     if "messages" in columns:
         # The chat template formats both, and only the completion has a loss
         data = data.map(replies, batched=True, remove_columns=data.column_names)
         if not len(data):
-            raise ValueError(f"{names}: the chats have no reply, that is, no message of the `assistant` after another.")
+            raise ValueError(f"{names}: the chats have no message of the `assistant` that follows another message.")
     elif "text" not in columns and not {"prompt", "completion"} <= columns:
         raise ValueError(
             f"{names}: the fields are {sorted(columns)}. Supported: `text`, `messages`, or `prompt` and `completion`."

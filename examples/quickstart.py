@@ -47,7 +47,7 @@ def main():
 
     print("2. Verify", flush=True)
     result = verify(base_folder, attnres_folder)
-    print(f"   max difference of the logits {result.max_difference:.1e}, max logit {result.max_logit:.1f}")
+    print(f"   largest difference of the logits {result.max_difference:.1e}, largest logit {result.max_logit:.1f}")
     if not result.passed:
         raise SystemExit("The retrofit does not compute the same as its base.")
 

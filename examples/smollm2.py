@@ -38,7 +38,7 @@ def from_gguf(gguf: Path, folder: Path) -> Path:
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
     loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    # What comes from a GGUF file refuses to be saved, a plain Llama of the same weights does not
+    # transformers cannot save a model that it loaded from GGUF. A plain Llama with the same weights can be saved
     config = loaded.config
     del config.quantization_config
     model = LlamaForCausalLM(config)

@@ -14,7 +14,7 @@ class DepthAttentionCallback(TrainerCallback):
     r"""
     Logs the entropy of the depth attention weights and the norms of the queries whenever Trainer logs.
 
-    - `depth_attention/1-entropy`: 1 minus the entropy of the weights over that of equal weights, mean over tokens and
+    - `depth_attention/1-entropy`: `1 - H(weights) / H(equal weights)`, where `H` is the entropy; mean over tokens and
       depth attentions. 0 at zero queries; 1 if every depth attention takes a single source.
     - `depth_attention/max_1-entropy`: that of the most selective depth attention.
     - `depth_attention/query_norm`, `depth_attention/max_query_norm`: mean and max norm of the queries.
@@ -25,7 +25,7 @@ class DepthAttentionCallback(TrainerCallback):
 
     Args:
         trainer ([`Trainer`]): the trainer that the callback is added to.
-        per_sublayer (`bool`, *optional*, defaults to `False`): log both numbers for each depth attention too.
+        per_sublayer (`bool`, *optional*, defaults to `False`): log entropy and query norm of each depth attention too.
 
     ```python
     >>> from modeling_attnres.callback import DepthAttentionCallback
@@ -86,7 +86,7 @@ class DepthAttentionCallback(TrainerCallback):
         norms = {}
         with ExitStack() as hooks:
             for name, module in depth_attentions(model).items():
-                # Within the forward, where sharded parameters are whole
+                # Within the forward, where FSDP2 has gathered the parameters
                 def record(module, _, name=name):
                     norms[name] = module.query.float().norm().item()
 

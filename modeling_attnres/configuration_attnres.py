@@ -39,8 +39,8 @@ ATTN_RES_FIELDS = (
     "attn_res_temperature",
 )
 
-# The default temperature of a retrofit is its width divided by this one. With one learning rate, the logits then change
-# equally fast at all widths
+# The default temperature of a retrofit is its width divided by this constant. With one learning rate, the logits then
+# change equally fast at all widths
 WIDTH_AT_TEMPERATURE_1 = 128
 
 # `attn_res_implementation` is not saved
@@ -83,7 +83,8 @@ class AttnResConfig(PreTrainedConfig):
             The epsilon of the keys' RMSNorm.
         attn_res_temperature (`float`, *optional*, defaults to 1.0):
             The divisor of the logits `q · RMSNorm(v)`. With Adam, a step moves the logits by up to learning rate ×
-            `hidden_size` / temperature. The paper has no temperature, which is 1.0.
+            `hidden_size` / temperature. The paper has no temperature, which equals 1.0. For a retrofit, the default is
+            `hidden_size` / 128.
         attn_res_implementation (`str`, *optional*, defaults to `"auto"`):
             The implementation of the depth attention, which is not saved. `"eager"`: the definition, on a stack of the
             sources. `"streaming"`: the sources are read one by one. `"compiled"`: the same compiled by PyTorch, which
@@ -117,7 +118,7 @@ class AttnResConfig(PreTrainedConfig):
         if base_model_type not in CONFIG_MAPPING:
             raise ValueError(
                 f"`base_model_type` is {base_model_type!r}, but transformers {transformers.__version__} has no such "
-                "model."
+                "model: check the spelling, or update transformers."
             )
         own = {name: kwargs.pop(name, getattr(AttnResConfig, name)) for name in OWN_FIELDS}
         kwargs.pop("model_type", None)
@@ -158,14 +159,14 @@ class AttnResConfig(PreTrainedConfig):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
         r"""
-        The configuration in `config_dict`, which may be a base's as well.
+        The configuration in `config_dict`, which can also be that of a base.
 
         Args:
-            config_dict (`dict[str, Any]`): fields as [`~AttnResConfig.to_dict`] gives them, or as a base's does.
+            config_dict (`dict[str, Any]`): the fields as in [`~AttnResConfig.to_dict`], or those of a base.
             kwargs: fields that are to differ.
 
         Raises:
-            `ValueError`: as when the configuration is made, also for what `kwargs` make of it.
+            `ValueError`: as in [`AttnResConfig`]. The values in `kwargs` are validated too.
         """
         if config_dict.get("model_type", cls.model_type) != cls.model_type:
             config_dict = {"base_model_type": config_dict["model_type"], **config_dict}

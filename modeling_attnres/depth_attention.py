@@ -53,7 +53,7 @@ def depth_attention(
 
 
 def read_one_by_one(query, key_norm, sources, scale, eps, upcast=lambda source: source) -> tuple[torch.Tensor, ...]:
-    """[`depth_attention`] of sources of shape `(tokens, hidden_size)` without a stack; the logits; `1 / rms(vᵢ)`."""
+    """[`depth_attention`] without a stack, its logits, and `1 / rms(vᵢ)`. A source is `(tokens, hidden_size)`."""
     dtype = torch.promote_types(sources[0].dtype, torch.float32)
     scaled_query = query.to(dtype) * key_norm.to(dtype)
     norms, products = [], []
@@ -189,7 +189,7 @@ def refuse_second_derivatives(_: torch.Tensor):
 
 
 def fla_depth_attention(query, key_norm, sources, scale, eps) -> torch.Tensor:
-    """[`depth_attention`] by flash-linear-attention. Its kernel rounds the mean, so half precision rounds twice."""
+    """[`depth_attention`] by flash-linear-attention. In half precision, it rounds twice: its kernel rounds the mean."""
     if fla_kernel() is None:
         raise ImportError(
             "`attn_res_implementation` is 'fla', which needs the package flash-linear-attention, 0.6 or newer: "
@@ -206,7 +206,7 @@ def fla_depth_attention(query, key_norm, sources, scale, eps) -> torch.Tensor:
     return output * len(sources) if scale == "sum" else output
 
 
-# Numbers in a source from which on `streaming` is faster than `eager` (measured on a CPU)
+# The number of elements of a source above which `streaming` is faster than `eager` (measured on a CPU)
 STREAMING_SIZE = 2**16
 
 
@@ -221,7 +221,7 @@ def auto_depth_attention(query, key_norm, sources, scale, eps) -> torch.Tensor:
     return attend(query, key_norm, sources, scale, eps)
 
 
-# What `config.attn_res_implementation` chooses from
+# The values of `config.attn_res_implementation`
 ATTN_RES_IMPLEMENTATIONS = {
     "auto": auto_depth_attention,
     "eager": depth_attention,
@@ -233,8 +233,8 @@ ATTN_RES_IMPLEMENTATIONS = {
 
 class DepthAttention(nn.Module):
     r"""
-    The depth attention of one sublayer. Query and key norm are float32 parameters of this very module, whatever the
-    dtype of the model, so that everything that gathers, moves, trains or skips parameters by module finds both.
+    The depth attention of one sublayer. Query and key norm are parameters of one module, since many tools gather, move,
+    train or skip parameters by module. `from_pretrained` keeps them in float32.
 
     Args:
         config ([`AttnResConfig`]): the model's configuration.

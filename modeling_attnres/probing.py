@@ -48,7 +48,7 @@ def depth_sources(model: nn.Module) -> list[str]:
 @contextmanager
 def recorded_weights(model: nn.Module) -> Iterator[dict[str, list[torch.Tensor]]]:
     r"""
-    Records the weights `α` of every depth attention in the forward passes within the block.
+    Records the weights `α` of every depth attention in the forward passes inside the `with` statement.
 
     Yields:
         `dict[str, list[torch.Tensor]]`: for each depth attention (see [`depth_attentions`]) a float32 tensor of shape
@@ -74,8 +74,8 @@ def recorded_weights(model: nn.Module) -> Iterator[dict[str, list[torch.Tensor]]
 @contextmanager
 def masked_sources(model: nn.Module, mask: torch.Tensor) -> Iterator[None]:
     r"""
-    Takes sources out of depth attentions in the forward passes within the block, as if they did not exist: the softmax
-    covers the remaining ones, and `"sum"` scaling counts them.
+    Takes sources out of depth attentions in the forward passes inside the `with` statement, as if they did not exist:
+    the softmax covers the remaining ones, and `"sum"` scaling counts them.
 
     Args:
         model (`nn.Module`): a model with depth attentions.

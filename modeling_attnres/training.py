@@ -34,8 +34,8 @@ def attn_res_parameter_groups(
 ) -> list[dict[str, Any]]:
     r"""
     The trained parameters of a model in groups for an optimizer: matrices with weight decay; vectors and biases
-    without; queries and key norms without, at their own learning rate. Parameters that tensor parallelism shards are in
-    groups of their own, since an optimizer cannot update both kinds together.
+    without; queries and key norms without, and with their own learning rate. Parameters that tensor parallelism shards
+    are in groups of their own, since an optimizer cannot update both kinds together.
 
     Args:
         model (`nn.Module`): an AttnRes model or a base, also with PEFT's adapters or sharded by FSDP2 or ZeRO-3.
@@ -95,7 +95,7 @@ def warn_of_half_precision(parameters: Iterable[nn.Parameter]) -> None:
     dtypes = {parameter.dtype for parameter in parameters if parameter.dtype.itemsize < 4}
     if dtypes:
         warnings.warn(
-            f"Queries and key norms are {dtypes.pop()}, in which small steps round to nothing. Load the model by "
+            f"Queries and key norms are {dtypes.pop()}, in which rounding loses small updates. Load the model by "
             "`from_pretrained`, which keeps them in float32, and use autocast (`bf16=True`) instead of a cast.",
             stacklevel=3,
         )

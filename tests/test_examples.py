@@ -136,10 +136,10 @@ def test_examples_read_text_and_chats_and_refuse_anything_else(load_data, tmp_pa
     assert load("text.txt", "text.txt") == 2 * [{"text": "Two\nlines"}]
     with pytest.raises(ValueError, match="body.*Supported: `text`, `messages`, or `prompt` and `completion`"):
         load("other.jsonl")
-    with pytest.raises(ValueError, match="question.jsonl.*have no reply"):
+    with pytest.raises(ValueError, match="question.jsonl.*have no message of the `assistant`"):
         load("question.jsonl")
     for names in (("text.txt", "chat.jsonl"), ("text.csv", "text.csv")):
-        with pytest.raises(ValueError, match="supported are only `.txt` files, only `.jsonl` files, or one dataset"):
+        with pytest.raises(ValueError, match="give only `.txt` files, only `.jsonl` files, or one dataset"):
             load(*names)
 
 
