@@ -6,8 +6,9 @@ from conftest import attnres_of, tiny_base
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import Trainer, TrainingArguments
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-from modeling_attnres import ATTN_RES_MODULES
+from modeling_attnres import ATTN_RES_MODULES, AttnResForCausalLM
 from modeling_attnres.callback import DepthAttentionCallback
 from modeling_attnres.probing import recorded_weights
 
@@ -87,6 +88,16 @@ def test_padding_is_ignored(tmp_path):
     mask = torch.nn.functional.pad(torch.ones_like(callback.inputs["input_ids"]), (5, 0))
     callback.inputs = {"input_ids": ids, "attention_mask": mask}
     assert callback.measure()[0] == pytest.approx(expected, rel=1e-3)
+
+
+def test_a_model_of_remote_code(tmp_path):
+    """The classes of a checkpoint's own code are not those of the package."""
+    attnres_of(tiny_base("llama")).save_pretrained(tmp_path / "model")
+    remote_class = get_class_from_dynamic_module("modeling_attnres.AttnResForCausalLM", tmp_path / "model")
+    model = remote_class.from_pretrained(tmp_path / "model")
+    assert not isinstance(model, AttnResForCausalLM)
+    logged = train(model, tmp_path).state.log_history
+    assert len([row for row in logged if row.get("depth_attention/query_norm")]) == 3
 
 
 def test_a_model_without_depth_attention_is_refused(tmp_path):

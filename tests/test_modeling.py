@@ -2,6 +2,7 @@
 with trained ones where the two ways have to agree."""
 
 import copy
+import inspect
 import pickle
 import subprocess
 import sys
@@ -112,6 +113,35 @@ def test_initialization_is_the_base_s_and_queries_are_zero(family):
             assert (tensor == 1).all()
         else:
             assert torch.equal(tensor, expected[name]), name
+
+
+@torch.no_grad()
+def test_fewer_layers(tokens, tmp_path):
+    """As in the base, whether they are dropped before or after loading. The last block is then short."""
+    base = tiny_base("llama")
+    model = attnres_of(base, attn_res_block_size=4)
+    for name, whole in (("base", base), ("attnres", model)):
+        whole.save_pretrained(tmp_path / name)
+        whole.model.layers = whole.model.layers[:2]
+        whole.config.num_hidden_layers = 2
+        whole.save_pretrained(tmp_path / f"short {name}")
+    expected = base(**tokens).logits
+    for folder in (tmp_path / "attnres", tmp_path / "short attnres"):
+        short = AutoModelForCausalLM.from_pretrained(folder, num_hidden_layers=2)
+        assert len(short.model.layers) == 2
+        torch.testing.assert_close(short(**tokens).logits, expected, rtol=0, atol=1e-5)
+
+
+def test_tools_that_look_at_every_attribute(base, tokens):
+    model = attnres_of(base, **BLOCK)
+    members, expected = (dict(inspect.getmembers(m)) for m in (model, base))
+    assert members.keys() >= expected.keys()
+    logits = []
+    for traced in (base, model):
+        traced.config.use_cache = False
+        trace = torch.jit.trace(traced, tokens["input_ids"], strict=False, check_trace=False)
+        logits.append(trace(tokens["input_ids"])["logits"])
+    torch.testing.assert_close(*logits, rtol=0, atol=1e-5)
 
 
 def test_missing_weights_are_initialized_as_in_the_base(base, tmp_path):

@@ -1,5 +1,6 @@
 """The recipes of examples/README.md, as printed, with a small model and one step of training."""
 
+import json
 import re
 import subprocess
 from pathlib import Path
@@ -7,11 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import randomize_depth_attention, tiny_base
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from train_base import train_tokenizer
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from modeling_attnres import DepthAttention
+from modeling_attnres import ATTN_RES_MODULES, DepthAttention
 from modeling_attnres.conversion import retrofit
 
 
@@ -35,6 +37,20 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.fixture
+def adapter(folder):
+    """A LoRA beside a trained depth attention."""
+    model = AutoModelForCausalLM.from_pretrained("my-attnres")
+    lora = LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", modules_to_save=ATTN_RES_MODULES)
+    model = get_peft_model(model, lora).eval()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained("adapter")
+    AutoTokenizer.from_pretrained("my-attnres").save_pretrained("adapter")
+    return model
+
+
 def shell(command):
     process = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
     assert process.returncode == 0, process.stderr
@@ -55,6 +71,13 @@ def test_trl(folder):
     (folder / "lora.yaml").write_text(yaml.replace("trl-lib/Capybara", "data").replace(": adapter", ": again"))
     shell(f"trl sft --config lora.yaml {short}")
     assert load_file("again/adapter_model.safetensors").keys() == adapter.keys()
+
+
+def test_peft(adapter):
+    exec(*recipe("PEFT"), {})
+    merged = AutoModelForCausalLM.from_pretrained("merged", trust_remote_code=True)
+    inputs = AutoTokenizer.from_pretrained("merged")("One and two make", return_tensors="pt")
+    torch.testing.assert_close(merged(**inputs).logits, adapter(**inputs).logits, rtol=0, atol=1e-4)
 
 
 def test_bitsandbytes(folder):
@@ -88,3 +111,40 @@ def test_mergekit(folder):
     assert merged.keys() == trained.keys()
     for name, tensor in merged.items():
         torch.testing.assert_close(tensor, (model[name] + trained[name]) / 2)
+
+
+def test_lm_eval(folder):
+    """With a task in a file, since the task of the recipe is on the Hub."""
+    pytest.importorskip("lm_eval")
+    rows = [{"query": f"{n} and 1 make", "choices": [f" {n + 1}", f" {n}"], "label": 0} for n in range(20)]
+    (folder / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    task = {"task": "sums", "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": "rows.jsonl"}}}
+    task |= {"test_split": "test", "output_type": "multiple_choice", "doc_to_text": "query", "doc_to_choice": "choices"}
+    (folder / "sums.yaml").write_text(json.dumps({**task, "doc_to_target": "label"}))
+    (command,) = recipe("lm-eval")
+    command = command.replace("arc_easy", "sums --include_path . --device cpu --output_path").strip()
+    accuracies = []
+    for model in ("my-attnres", "base"):
+        shell(f"{command.replace('my-attnres', model)} {model}-results")
+        (results,) = Path(f"{model}-results").rglob("results*.json")
+        accuracies.append(json.loads(results.read_text())["results"]["sums"]["acc,none"])
+    assert accuracies[0] == accuracies[1]
+
+
+def test_axolotl(folder):
+    """The merged model is PEFT's."""
+    pytest.importorskip("axolotl")
+    chat = [{"role": "user", "content": "One and two?"}, {"role": "assistant", "content": "Three."}]
+    (folder / "data.jsonl").write_text(f"{json.dumps({'messages': chat})}\n" * 8)
+    yaml, commands = recipe("Axolotl")
+    yaml = yaml.replace("path: trl-lib/Capybara", "path: data.jsonl, ds_type: json").replace(
+        "num_epochs: 1", "max_steps: 2"
+    )
+    (folder / "lora.yaml").write_text(yaml)
+    shell(commands)
+    merged = AutoModelForCausalLM.from_pretrained("adapter/merged")
+    expected = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("my-attnres"), "adapter")
+    expected = expected.merge_and_unload().state_dict()
+    assert all((layer.mlp_res.query != 0).any() for layer in merged.model.layers)
+    for name, tensor in merged.state_dict().items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-2, atol=1e-2)

@@ -122,6 +122,20 @@ except ValueError as error:
     assert run_isolated(script, output, tmp_path).split()[-2:] == ["refused", "True"]
 
 
+def test_an_older_transformers_is_named(tmp_path):
+    output = retrofit(save_base(tmp_path / "base"), tmp_path / "attnres")
+    script = """
+import transformers
+transformers.__version__ = "5.6.0"
+try:
+    AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+except ImportError as error:
+    print(error)
+"""
+    message = "AttnRes models need transformers 5.16 or newer, found 5.6.0."
+    assert run_isolated(script, output, tmp_path).splitlines()[-1] == message
+
+
 def test_a_tool_that_saves_the_configuration_and_copies_weights_makes_a_complete_folder(tmp_path):
     """As mergekit does: `config.save_pretrained` brings the code, and the tool writes the weights itself."""
     output = retrofit(save_base(tmp_path / "base"), tmp_path / "attnres")

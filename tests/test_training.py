@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import FAMILIES, attnres_of, tiny_base
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from modeling_attnres import ATTN_RES_MODULES, attn_res_parameter_groups
@@ -104,6 +105,21 @@ def test_a_large_learning_rate_gives_a_warning():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         attn_res_parameter_groups(model, 5e-5, 5e-3)
+
+
+def test_a_model_in_bfloat16_trains_its_depth_attention(data, tmp_path):
+    """In bfloat16, steps of 5e-5 round to nothing at the key norms, whose first value is 1."""
+    attnres_of(tiny_base("llama")).save_pretrained(tmp_path / "attnres")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "attnres", dtype=torch.bfloat16)
+    assert model.model.layers[1].mlp.up_proj.weight.dtype == torch.bfloat16
+    args = arguments(tmp_path, max_steps=2, learning_rate=5e-5, lr_scheduler_type="constant")
+    Trainer(model, args, train_dataset=data).train()
+    model.save_pretrained(tmp_path / "trained")
+    saved = load_file(tmp_path / "trained" / "model.safetensors")
+    for name, start in (("query", 0), ("key_norm", 1)):
+        tensors = [tensor for key, tensor in saved.items() if key.endswith(f"_res.{name}")]
+        assert len(tensors) == 10
+        assert all(tensor.dtype == torch.float32 and (tensor != start).any() for tensor in tensors)
 
 
 def test_queries_in_half_precision_give_a_warning():

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from modeling_attnres import ATTN_RES_MODULES, attn_res_parameter_groups
+from modeling_attnres.callback import DepthAttentionCallback
 from modeling_attnres.conversion import retrofit
 
 
@@ -47,10 +48,13 @@ def arguments(config_class, folder):
     )
 
 
+def trained_queries(trainer):
+    return [p for name, p in trainer.model.named_parameters() if name.endswith("query") and p.requires_grad]
+
+
 def first_log_and_queries(trainer):
     trainer.train()
-    queries = [p for name, p in trainer.model.named_parameters() if name.endswith("query") and p.requires_grad]
-    return trainer.state.log_history[0], queries
+    return trainer.state.log_history[0], trained_queries(trainer)
 
 
 each_way = pytest.mark.parametrize("adapter", [False, True], ids=["in full", "LoRA"])
@@ -73,7 +77,13 @@ def test_sft(adapter, models, tokenizer, tmp_path):
             processing_class=tokenizer,
             peft_config=lora(name) if adapter else None,
         )
-        logs[name], queries = first_log_and_queries(trainer)
+        if name == "attnres":
+            trainer.add_callback(DepthAttentionCallback(trainer))
+        trainer.train()
+        # TRL's own metrics are in the row of the loss
+        logs[name] = next(row for row in trainer.state.log_history if "loss" in row)
+    queries = trained_queries(trainer)
+    assert logs["attnres"].keys() == logs["base"].keys() >= {"mean_token_accuracy"}
     assert logs["attnres"]["loss"] == pytest.approx(logs["base"]["loss"], abs=1e-4)
     assert len(queries) == 10 and all((query != 0).any() for query in queries)
 
