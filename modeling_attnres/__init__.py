@@ -9,6 +9,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
 )
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 
 from .configuration_attnres import AttnResConfig
 from .depth_attention import DepthAttention
@@ -29,6 +30,10 @@ AutoModelForCausalLM.register(AttnResConfig, AttnResForCausalLM)
 AutoModelForQuestionAnswering.register(AttnResConfig, AttnResForQuestionAnswering)
 AutoModelForSequenceClassification.register(AttnResConfig, AttnResForSequenceClassification)
 AutoModelForTokenClassification.register(AttnResConfig, AttnResForTokenClassification)
+
+# PEFT converts adapters of transformers 4 only for a `model_type` that is registered. The mapping of each base is
+# registered with its decoder
+register_checkpoint_conversion_mapping("attnres", [], overwrite=True)
 
 __all__ = [
     "ATTN_RES_MODULES",

@@ -105,23 +105,27 @@ def with_base_targets(model: PreTrainedModel, peft_config: "PeftConfig") -> "Pef
     r"""
     A copy of a PEFT configuration with the targets that PEFT selects in the base of `model`. PEFT selects by
     `model_type`, so it has no default targets for an AttnRes model, and its `"all-linear"` leaves out the experts of a
-    mixture.
+    mixture, as do the targets of an adapter that was trained on the base in transformers 4.
 
     Args:
         model (`PreTrainedModel`): an AttnRes model.
         peft_config (`PeftConfig`): for instance a `LoraConfig`. `target_modules` can be `None`.
 
     Raises:
-        `ValueError`: from PEFT, if it has no default targets for the base either.
+        `ValueError`: from PEFT, if it has no default targets for the base either, or for a method that injects no
+            modules (prompts).
 
     ```python
     >>> config = LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", modules_to_save=ATTN_RES_MODULES)
     >>> model = get_peft_model(model, with_base_targets(model, config))
+
+    >>> config = with_base_targets(model, PeftConfig.from_pretrained("adapter-of-transformers-4"))
+    >>> model = PeftModel.from_pretrained(model, "adapter-of-transformers-4", config=config)
     ```"""
     from peft import inject_adapter_in_model
 
     peft_config = deepcopy(peft_config)
-    modules_to_save, peft_config.modules_to_save = peft_config.modules_to_save, None
+    modules_to_save, peft_config.modules_to_save = getattr(peft_config, "modules_to_save", None), None
     base_config = model.config._base_view()
     with torch.device("meta"):
         base = MODEL_FOR_CAUSAL_LM_MAPPING[type(base_config)](base_config)

@@ -1,11 +1,15 @@
 """PEFT adapters also train, save, load, merge and switch the depth attention."""
 
+from itertools import product
+
 import pytest
 import torch
 from conftest import MIXTURES, attnres_of, tiny_base
 from peft import (
+    AdaptionPromptConfig,
     IA3Config,
     LoraConfig,
+    PeftConfig,
     PeftModel,
     PrefixTuningConfig,
     PromptTuningConfig,
@@ -13,7 +17,7 @@ from peft import (
     get_peft_model,
 )
 from peft.utils.constants import DUMMY_TARGET_MODULES
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig
 
 from modeling_attnres import ATTN_RES_MODULES, AttnResConfig, AttnResForCausalLM, with_base_targets
@@ -154,6 +158,49 @@ def test_default_targets_are_those_of_the_base(config, family):
     adapted = get_peft_model(model, with_base_targets(model, config(task_type="CAUSAL_LM")))
     expected = trained_shapes(get_peft_model(base, config(task_type="CAUSAL_LM")))
     assert trained_shapes(adapted) == expected
+
+
+# The directory of the experts in checkpoints and adapters of transformers 4, and their gate, up and down projections
+EXPERTS = {
+    "mixtral": ("block_sparse_moe", "w1", "w3", "w2"),
+    "olmoe": ("mlp", "gate_proj", "up_proj", "down_proj"),
+    "qwen3_moe": ("mlp", "gate_proj", "up_proj", "down_proj"),
+}
+
+
+@pytest.mark.parametrize("family", EXPERTS)
+def test_an_adapter_of_transformers_4_has_its_experts(family, tokens, tmp_path):
+    base = tiny_base(family)
+    block, *projections = EXPERTS[family]
+    adapter = {}
+    for i, layer in enumerate(base.model.layers):
+        if hasattr(layer.mlp, "experts"):
+            num_experts, hidden_size, width = layer.mlp.experts.down_proj.shape
+            for number, module in product(range(num_experts), projections):
+                sizes = (width, hidden_size) if module == projections[-1] else (hidden_size, width)
+                prefix = f"base_model.model.model.layers.{i}.{block}.experts.{number}.{module}"
+                adapter[f"{prefix}.lora_A.weight"] = torch.randn(4, sizes[0])
+                adapter[f"{prefix}.lora_B.weight"] = torch.randn(sizes[1], 4)
+    config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=projections)
+    config.save_pretrained(tmp_path)
+    save_file(adapter, tmp_path / "adapter_model.safetensors")
+    model = attnres_of(base)
+    config = with_base_targets(model, PeftConfig.from_pretrained(tmp_path))
+    actual = logits(PeftModel.from_pretrained(model, tmp_path, config=config).eval(), tokens)
+    before = logits(base, tokens)
+    expected = logits(PeftModel.from_pretrained(base, tmp_path).eval(), tokens)
+    assert (expected - before).abs().max() > 0.1
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4)
+
+
+def test_adaption_prompts_are_refused():
+    """PEFT has them for some model types only."""
+    config = AdaptionPromptConfig(task_type="CAUSAL_LM", adapter_len=4, adapter_layers=2)
+    model = attnres_of(tiny_base("llama"))
+    with pytest.raises(ValueError, match="does not support prompt learning, adaption prompt"):
+        with_base_targets(model, config)
+    with pytest.raises(ValueError, match="Unsupported model type for adaption prompt: 'attnres'"):
+        get_peft_model(model, config)
 
 
 @pytest.mark.parametrize("family", MIXTURES)
