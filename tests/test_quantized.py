@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from test_conversion import new_shard, tensor_hashes
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TorchAoConfig
 
-from modeling_attnres import ATTN_RES_MODULES
+from modeling_attnres import ATTN_RES_MODULES, AttnResForCausalLM
 from modeling_attnres.conversion import retrofit, revert, verify
 
 
@@ -53,6 +53,27 @@ def test_a_retrofit_of_a_quantized_base(name, tmp_path):
     assert verify(tmp_path / "base", output).passed
     revert(output, tmp_path / "reverted")
     assert tensor_hashes(tmp_path / "reverted") == base_hashes
+
+
+@pytest.mark.parametrize("name", QUANTISERS)
+def test_a_loaded_quantized_base_becomes_an_attnres_model(name, tmp_path):
+    package, config = QUANTISERS[name]
+    pytest.importorskip(package)
+    tiny_base("llama", **SHAPE, tie_word_embeddings=False).save_pretrained(tmp_path / "float")
+    base, expected = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / "float", quantization_config=config(), dtype=torch.float32)
+        for _ in range(2)
+    )
+    weight = base.model.layers[1].mlp.up_proj.weight
+    model = AttnResForCausalLM.from_base(base)
+    assert model.model.layers[1].mlp.up_proj.weight is weight and model.is_quantized
+    # Before a forward pass: on a CPU, bitsandbytes then packs 4-bit weights in a form that it cannot save
+    model.save_pretrained(tmp_path / "attnres")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "attnres")
+    tokens = torch.arange(1, 15)[None]
+    with torch.no_grad():
+        for actual in (model, loaded):
+            torch.testing.assert_close(actual(tokens).logits, expected(tokens).logits, rtol=0, atol=1e-4)
 
 
 # bitsandbytes' int8 rounds the activations too, and what two models differ by in the last bit becomes a whole step
