@@ -29,6 +29,7 @@ def recipe(tool):
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     tokenizer = train_tokenizer([__file__], vocab_size=300)
+    tokenizer.chat_template = "{% for message in messages %}<{{ message.role }}>{{ message.content }}\n{% endfor %}"
     base = tiny_base("llama", hidden_size=64, vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id)
     for saved in (base, tokenizer):
         saved.save_pretrained(tmp_path / "base")
@@ -131,20 +132,19 @@ def test_lm_eval(folder):
     assert accuracies[0] == accuracies[1]
 
 
-def test_axolotl(folder):
+def test_axolotl(folder, monkeypatch):
     """The merged model is PEFT's."""
     pytest.importorskip("axolotl")
     chat = [{"role": "user", "content": "One and two?"}, {"role": "assistant", "content": "Three."}]
     (folder / "data.jsonl").write_text(f"{json.dumps({'messages': chat})}\n" * 8)
     yaml, commands = recipe("Axolotl")
-    yaml = yaml.replace("path: trl-lib/Capybara", "path: data.jsonl, ds_type: json").replace(
-        "num_epochs: 1", "max_steps: 2"
-    )
-    (folder / "lora.yaml").write_text(yaml)
+    yaml = yaml.replace("path: trl-lib/Capybara", "path: data.jsonl, ds_type: json")
+    (folder / "lora.yaml").write_text(yaml.replace("num_epochs: 1", "max_steps: 2"))
+    monkeypatch.setenv("AXOLOTL_DO_NOT_TRACK", "1")
     shell(commands)
     merged = AutoModelForCausalLM.from_pretrained("adapter/merged")
     expected = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("my-attnres"), "adapter")
     expected = expected.merge_and_unload().state_dict()
     assert all((layer.mlp_res.query != 0).any() for layer in merged.model.layers)
     for name, tensor in merged.state_dict().items():
-        torch.testing.assert_close(tensor, expected[name], rtol=1e-2, atol=1e-2)
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-3, atol=1e-3, check_dtype=False)
