@@ -167,7 +167,7 @@ def main():
     parser.add_argument(
         "--rates", nargs="+", type=float, default=[4e-3, 8e-3, 1.6e-2], help="of the sweep (one: no sweep)"
     )
-    parser.add_argument("--widths", nargs="+", type=int, default=[48, 64, 96])
+    parser.add_argument("--widths", nargs="+", type=int, default=[32, 48, 64, 96])
     parser.add_argument("--lengths", nargs="+", type=float, default=[1, 0.5, 2], help="above 1: of the base only")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--tokens-per-parameter", type=float, default=20, help="at length 1, without the embedding")
@@ -175,7 +175,7 @@ def main():
     parser.add_argument("--vocab-size", type=int, default=2048)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--block-length", type=int, default=256)
-    parser.add_argument("--eval-blocks", type=int, default=256)
+    parser.add_argument("--eval-blocks", type=int, default=128)
     args = parser.parse_args()
 
     args.folder.mkdir(parents=True, exist_ok=True)

@@ -50,7 +50,7 @@ def main():
     parser.add_argument("--output", type=Path, required=True, help="file of JSON lines to which the runs are added")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--factors", nargs="+", type=float, default=[1, 0.3], help="of the base's learning rate")
-    parser.add_argument("--eval-blocks", type=int, default=256)
+    parser.add_argument("--eval-blocks", type=int, default=128)
     args = parser.parse_args()
 
     text = DatasetDict.load_from_disk(args.folder / "text").with_format("torch")
