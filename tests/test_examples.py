@@ -309,11 +309,11 @@ def test_the_compute_multiplier():
             seed: {"losses": [{"loss": 2 + 0.7 * length**-0.3 + error}]} for seed, error in enumerate((-1e-3, 1e-3))
         }
 
-    chosen = {(48, "base", length): runs(length) for length in (0.5, 1.0, 2.0)} | {(48, "block", 1.0): runs(1.25)}
-    value, low, high = multiplier(chosen, 48, "block", 1.0)
+    chosen = {(48, length, "base"): runs(length) for length in (0.5, 1.0, 2.0)} | {(48, 1.0, "block"): runs(1.25)}
+    value, low, high = multiplier(chosen, 48, 1.0, "block")
     assert value == pytest.approx(1.25, abs=0.01) and 1.2 < low < value < high < 1.3
-    del chosen[48, "base", 2.0]
-    assert multiplier(chosen, 48, "block", 1.0) is None
+    del chosen[48, 2.0, "base"]
+    assert multiplier(chosen, 48, 1.0, "block") is None
 
 
 def test_each_arm_at_its_best_setting(tmp_path):

@@ -36,7 +36,7 @@ def needed_length(curve: tuple[float, float, float], loss: float) -> float:
 
 def read(file: Path) -> tuple[dict, dict]:
     """
-    The rows by (width, arm, length) and seed, at the best learning rate of each arm, and the final losses of the sweep
+    The rows by (width, length, arm) and seed, at the best learning rate of each arm, and the final losses of the sweep
     by arm and rate.
     """
     rows = [json.loads(line) for line in file.read_text().splitlines()]
@@ -48,7 +48,7 @@ def read(file: Path) -> tuple[dict, dict]:
     for row in rows:
         best = min(sweep[row["arm"]], key=sweep[row["arm"]].get)
         if np.isclose(row["learning_rate"], best * smallest / row["width"]):
-            chosen[row["width"], row["arm"], row["length"]][row["seed"]] = row
+            chosen[row["width"], row["length"], row["arm"]][row["seed"]] = row
     return chosen, sweep
 
 
@@ -62,18 +62,18 @@ def tokens_per_step(row: dict) -> int:
 
 def step_seconds(chosen: dict, width: int, arm: str) -> float:
     """The median over the intervals between two evaluations."""
-    runs = [row for key, group in chosen.items() if key[:2] == (width, arm) for row in group.values()]
+    runs = [row for key, group in chosen.items() if key[::2] == (width, arm) for row in group.values()]
     points = [np.array([[point["step"], point["seconds"]] for point in row["losses"]]) for row in runs]
     return float(np.median(np.concatenate([np.diff(p[:, 1]) / np.diff(p[:, 0]) for p in points])))
 
 
 def base_lengths(chosen: dict, width: int) -> dict[float, dict]:
-    return {length: runs for (w, arm, length), runs in sorted(chosen.items()) if (w, arm) == (width, "base")}
+    return {length: runs for (w, length, arm), runs in sorted(chosen.items()) if (w, arm) == (width, "base")}
 
 
-def multiplier(chosen: dict, width: int, arm: str, length: float) -> np.ndarray | None:
+def multiplier(chosen: dict, width: int, length: float, arm: str) -> np.ndarray | None:
     """The value, and the limits of its interval. `None` if the base has fewer than three lengths, or one seed."""
-    base, runs = base_lengths(chosen, width), finals(chosen[width, arm, length])
+    base, runs = base_lengths(chosen, width), finals(chosen[width, length, arm])
     groups = [finals(group) for key, group in chosen.items() if key[0] == width]
     freedom = sum(len(group) - 1 for group in groups)
     if len(base) < 3 or not freedom:
@@ -90,27 +90,21 @@ def multiplier(chosen: dict, width: int, arm: str, length: float) -> np.ndarray 
 
 
 def table(chosen: dict) -> str:
-    columns = ["width", "parameters", "arm", "learning rate", "tokens", "seeds", "loss", "minus the base's"]
+    columns = ["width", "parameters", "tokens", "arm", "learning rate", "seeds", "loss", "minus the base's"]
     columns += ["time of a step", "minus the base's at equal time", "multiplier", "multiplier at equal time"]
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-    for (width, arm, length), runs in sorted(chosen.items()):
+    for (width, length, arm), runs in sorted(chosen.items()):
         row = next(iter(runs.values()))
         tokens = row["losses"][-1]["step"] * tokens_per_step(row)
-        cells = [
-            width,
-            f"{row['non_embedding'] / 1e6:.2f}M",
-            arm,
-            f"{row['learning_rate']:.2g}",
-            f"{tokens / 1e6:.1f}M",
-        ]
-        cells += [len(runs), spread(finals(runs))]
-        base = chosen.get((width, "base", length), {})
+        cells = [width, f"{row['non_embedding'] / 1e6:.2f}M", f"{tokens / 1e6:.1f}M", arm]
+        cells += [f"{row['learning_rate']:.2g}", len(runs), spread(finals(runs))]
+        base = chosen.get((width, length, "base"), {})
         shared = sorted(set(runs) & set(base))
         if arm != "base" and shared:
             cells.append(spread(finals({s: runs[s] for s in shared}) - finals({s: base[s] for s in shared})))
             ratio = step_seconds(chosen, width, arm) / step_seconds(chosen, width, "base")
             cells.append(f"{ratio:.2f}")
-            factors = multiplier(chosen, width, arm, length)
+            factors = multiplier(chosen, width, length, arm)
             if factors is not None:
                 lengths = base_lengths(chosen, width)
                 e, a, b = fit(list(lengths), np.array([finals(group).mean() for group in lengths.values()]))
@@ -131,7 +125,7 @@ def main():
     figure, (rates, curves, ends) = plt.subplots(1, 3, figsize=(13.5, 4.5), layout="constrained")
     for arm, losses in sweep.items():
         rates.plot(*zip(*sorted(losses.items())), label=arm, markersize=5, **styles[arm])
-    for (width, arm, length), runs in sorted(chosen.items()):
+    for (width, length, arm), runs in sorted(chosen.items()):
         row = next(iter(runs.values()))
         places = np.array([point["step"] for point in row["losses"]]) * tokens_per_step(row) / 1e6
         losses = np.mean([[point["loss"] for point in row["losses"]] for row in runs.values()], 0)
