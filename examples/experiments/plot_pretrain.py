@@ -142,7 +142,10 @@ def main():
             ends.plot(lengths * unit, e + a * lengths**-b, color="black", linewidth=0.8)
     rates.set(xscale="log", xlabel="learning rate", ylabel="final loss on held-out text", title="sweep, half length")
     curves.set(xlabel="million tokens", title=f"width {min(chosen)[0]}, 20 tokens per parameter")
-    ends.set(xscale="log", xlabel="million tokens", title="final losses, and the fit of the base")
+    tried = sorted({rate for losses in sweep.values() for rate in losses})
+    rates.set_xticks(tried, [f"{rate:g}" for rate in tried])
+    rates.minorticks_off()
+    ends.set(xlabel="million tokens", title="final losses, and the fit of the base")
     for axes in (rates, curves, ends):
         axes.grid(alpha=0.3)
     rates.legend(fontsize="small")
