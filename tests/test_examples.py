@@ -255,35 +255,39 @@ def test_from_scratch_with_tensorboard_and_resumed(real_text, tmp_path):
     assert (tmp_path / "trained" / "model.safetensors").read_bytes() == weights
 
 
+def pretrain(folder, *options):
+    """The final rows of a small queue of runs, with the loss by step."""
+    packages = [f"{name}=={version(name)}" for name in ("packaging", "filelock")]
+    folder.mkdir(exist_ok=True)
+    (folder / "packages.txt").write_text("\n# held out\n".join(packages))
+    small = ("--layers", 2, "--vocab-size", 400, "--batch-size", 2, "--block-length", 64, "--eval-blocks", 2)
+    small += ("--widths", 16, "--tokens-per-parameter", 0.45, "--packages", folder / "packages.txt", "--rates", 1e-3)
+    run("experiments/pretrain.py", folder, *small, "--output", folder / "losses.jsonl", *options)
+    rows = [json.loads(line) for line in (folder / "losses.jsonl").read_text().splitlines()]
+    return {
+        (row["arm"], row["seed"], row["length"]): {point["step"]: point["loss"] for point in row["losses"]}
+        for row in rows
+    }
+
+
 def test_pretrain(tmp_path):
     """
     Base and AttnRes start as one model and see the same batches. A run that was killed, or that shares its first part
     with a run of another length, has the losses of a run on its own.
     """
-    packages = [f"{name}=={version(name)}" for name in ("packaging", "filelock")]
-    (tmp_path / "packages.txt").write_text("\n# held out\n".join(packages))
-    small = ("--layers", 2, "--vocab-size", 400, "--batch-size", 2, "--block-length", 64, "--eval-blocks", 2)
-    small += ("--widths", 16, "--tokens-per-parameter", 0.45, "--packages", tmp_path / "packages.txt")
-    small += ("--rates", 1e-3, "--arms", "base", "block-sum", "full-mean")
-
-    def pretrain(folder, *options):
-        output = tmp_path / folder / "losses.jsonl"
-        run("experiments/pretrain.py", tmp_path / folder, *small, "--output", output, *options)
-        rows = [json.loads(line) for line in output.read_text().splitlines()]
-        return {
-            (row["arm"], row["seed"], row["length"]): {point["step"]: point["loss"] for point in row["losses"]}
-            for row in rows
-        }
-
-    queue = ("--lengths", 0.5, 1, 2, "--seeds", 0, 1)
-    losses = pretrain("runs", *queue)
+    arms = ("--arms", "base", "block-sum", "full-mean")
+    queue = (*arms, "--lengths", 0.5, 1, 2, "--seeds", 0, 1)
+    losses = pretrain(tmp_path / "runs", *queue)
     assert len(losses) == 14 and max(losses["base", 0, 2]) == 40 and max(losses["full-mean", 1, 1]) == 20
     first, last = ([run[step] for (_, _, length), run in sorted(losses.items()) if length == 1] for step in (0, 20))
     assert first[2:4] == pytest.approx(first[:2], abs=1e-5), "with sum scaling AttnRes starts as its base"
     # The queries have moved very little, so the same batches give nearly the same loss
     assert last[2:4] == pytest.approx(last[:2], abs=2e-2) and last[2:4] != pytest.approx(last[:2], abs=1e-6)
     assert first[0] != first[1], "each seed has its own initial weights"
-    assert pretrain("alone", "--lengths", 1, "--seeds", 0)["base", 0, 1] == losses["base", 0, 1]
+    assert (
+        pretrain(tmp_path / "alone", "--arms", "base", "--lengths", 1, "--seeds", 0)["base", 0, 1]
+        == losses["base", 0, 1]
+    )
 
     # The state of runs that were killed while they wrote a checkpoint
     for checkpoint in (tmp_path / "runs").glob("*/1/checkpoint-18"):
@@ -292,12 +296,28 @@ def test_pretrain(tmp_path):
     output = tmp_path / "runs" / "losses.jsonl"
     rows = output.read_text().splitlines(keepends=True)
     output.write_text("".join(row for row in rows if '"length": 1.0' not in row))
-    assert pretrain("runs", *queue) == losses
+    assert pretrain(tmp_path / "runs", *queue) == losses
 
     picture = tmp_path / "plot" / "losses.png"
     table = run("experiments/plot_pretrain.py", output, "--output", picture)
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert f"| {(last[0] + last[1]) / 2:.4f} ({min(last[:2]):.4f} to {max(last[:2]):.4f}) |" in table
+
+
+def test_retrofits_before_and_after_the_decay(tmp_path):
+    pretrain(tmp_path, "--arms", "base", "--lengths", 0.8, 1, "--seeds", 0)
+    output = tmp_path / "retrofits.jsonl"
+    run("experiments/retrofit_schedule.py", tmp_path, tmp_path / "losses.jsonl", "--output", output, "--factors", 1)
+    rows = {row["arm"]: row["losses"] for row in map(json.loads, output.read_text().splitlines())}
+    first, last = ({arm: losses[i]["loss"] for arm, losses in rows.items()} for i in (0, -1))
+    assert first["plateau"] == pytest.approx(first["base"], abs=1e-5), "a retrofit starts as its base"
+    assert (
+        first["finished"] == pytest.approx(first["finished-base"], abs=1e-5) != pytest.approx(first["base"], abs=1e-5)
+    )
+    # Queries alone change little in one step, and one of the four steps is theirs
+    assert first["queries-first"] == pytest.approx(first["base"], abs=2e-2) and first["queries-first"] != first["base"]
+    assert {arm: losses[-1]["step"] for arm, losses in rows.items()} == dict.fromkeys(rows, 4) | {"queries-first": 3}
+    assert len(set(last.values())) == 5
 
 
 def test_the_compute_multiplier():

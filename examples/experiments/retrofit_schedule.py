@@ -1,7 +1,8 @@
 """Retrofits before and after the decay of the learning rate. All arms see the same tokens in the same order.
 
-    python examples/experiments/pretrain.py runs --arms base --rates 8e-3 --lengths 0.8 1 --output bases.jsonl
-    python examples/experiments/retrofit_schedule.py runs bases.jsonl --output retrofit-schedule.jsonl
+    python examples/experiments/pretrain.py runs --arms base --widths 32 --rates 8e-3 --lengths 0.8 1 \\
+        --output base.jsonl
+    python examples/experiments/retrofit_schedule.py runs base.jsonl --output retrofit-schedule.jsonl
     python examples/experiments/plot_training.py retrofit-schedule.jsonl --output retrofit-schedule.png
 
 After eight tenths of the tokens, `base`, `plateau` and `queries-first` start from a base before its decay, and
