@@ -7,6 +7,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,9 +17,8 @@ import pytest
 import torch
 from conftest import attnres_of, randomize_depth_attention, tiny_base
 from peft import PeftModel
-from pretrain import build
 from text import token_blocks
-from train_base import llama_config, train_tokenizer
+from train_base import train_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modeling_attnres.conversion import retrofit
@@ -255,36 +255,89 @@ def test_from_scratch_with_tensorboard_and_resumed(real_text, tmp_path):
     assert (tmp_path / "trained" / "model.safetensors").read_bytes() == weights
 
 
-def test_pretrain(real_text, tmp_path):
-    """Base and AttnRes start as one model, see the same batches, and have their own rows in the table."""
-    small = ("--hidden-size", 64, "--layers", 2, "--vocab-size", 400, "--batch-size", 2, "--block-length", 64)
-    short = ("--steps", 4, "--eval-steps", 2, "--eval-blocks", 2, "--files", *texts(tmp_path, real_text))
-    arms = ("--arms", "base", "block-sum", "full-mean", "--seeds", 0, 1)
-    run("experiments/pretrain.py", *arms, *small, *short, "--output", tmp_path / "losses.jsonl")
-    rows = [json.loads(line) for line in (tmp_path / "losses.jsonl").read_text().splitlines()]
-    assert [(row["arm"], row["seed"]) for row in rows] == [(arm, seed) for arm in arms[1:4] for seed in (0, 1)]
-    assert all([point["step"] for point in row["losses"]] == [0, 2, 4] for row in rows)
-    assert all(0 == row["losses"][0]["seconds"] < row["losses"][1]["seconds"] for row in rows)
-    first, last = ([row["losses"][i]["loss"] for row in rows] for i in (0, -1))
+def pretrain(folder, *options):
+    """The final rows of a small queue of runs, with the loss by step."""
+    packages = [f"{name}=={version(name)}" for name in ("packaging", "filelock")]
+    folder.mkdir(exist_ok=True)
+    (folder / "packages.txt").write_text("\n# held out\n".join(packages))
+    small = ("--layers", 2, "--vocab-size", 400, "--batch-size", 2, "--block-length", 64, "--eval-blocks", 2)
+    small += ("--widths", 16, "--tokens-per-parameter", 0.45, "--packages", folder / "packages.txt", "--rates", 1e-3)
+    run("experiments/pretrain.py", folder, *small, "--output", folder / "losses.jsonl", *options)
+    rows = [json.loads(line) for line in (folder / "losses.jsonl").read_text().splitlines()]
+    return {
+        (row["arm"], row["seed"], row["length"]): {point["step"]: point["loss"] for point in row["losses"]}
+        for row in rows
+    }
+
+
+def test_pretrain(tmp_path):
+    """
+    Base and AttnRes start as one model and see the same batches. A run that was killed, or that shares its first part
+    with a run of another length, has the losses of a run on its own.
+    """
+    arms = ("--arms", "base", "block-sum", "full-mean")
+    queue = (*arms, "--lengths", 0.5, 1, 2, "--seeds", 0, 1)
+    losses = pretrain(tmp_path / "runs", *queue)
+    assert len(losses) == 14 and max(losses["base", 0, 2]) == 40 and max(losses["full-mean", 1, 1]) == 20
+    first, last = ([run[step] for (_, _, length), run in sorted(losses.items()) if length == 1] for step in (0, 20))
     assert first[2:4] == pytest.approx(first[:2], abs=1e-5), "with sum scaling AttnRes starts as its base"
     # The queries have moved very little, so the same batches give nearly the same loss
     assert last[2:4] == pytest.approx(last[:2], abs=2e-2) and last[2:4] != pytest.approx(last[:2], abs=1e-6)
-    # Compared by weights, since the difference of the losses depends on the text
-    config = llama_config(train_tokenizer([__file__], vocab_size=300), 64, 2)
-    weights = [build(config, "base", seed).model.layers[0].mlp.up_proj.weight for seed in (0, 1)]
-    assert (weights[0] - weights[1]).abs().mean() > 1e-3 and first[0] != first[1], (
-        "each seed has its own initial weights"
+    assert first[0] != first[1], "each seed has its own initial weights"
+    assert (
+        pretrain(tmp_path / "alone", "--arms", "base", "--lengths", 1, "--seeds", 0)["base", 0, 1]
+        == losses["base", 0, 1]
     )
 
+    # The state of runs that were killed while they wrote a checkpoint
+    for checkpoint in (tmp_path / "runs").glob("*/1/checkpoint-18"):
+        (checkpoint / "trainer_state.json").unlink()
+        shutil.rmtree(checkpoint.with_name("checkpoint-20"))
+    output = tmp_path / "runs" / "losses.jsonl"
+    rows = output.read_text().splitlines(keepends=True)
+    output.write_text("".join(row for row in rows if '"length": 1.0' not in row))
+    assert pretrain(tmp_path / "runs", *queue) == losses
+
     picture = tmp_path / "plot" / "losses.png"
-    output = run("experiments/plot_training.py", tmp_path / "losses.jsonl", "--output", picture)
+    table = run("experiments/plot_pretrain.py", output, "--output", picture)
     assert picture.read_bytes().startswith(b"\x89PNG")
-    assert [line.split("|")[1].strip() for line in output.splitlines()[2:]] == list(arms[1:4])
-    assert f"| {(last[0] + last[1]) / 2:.4f} ({min(last[:2]):.4f} to {max(last[:2]):.4f}) |" in output
+    assert f"| {(last[0] + last[1]) / 2:.4f} ({min(last[:2]):.4f} to {max(last[:2]):.4f}) |" in table
+
+
+def test_retrofits_before_and_after_the_decay(tmp_path):
+    pretrain(tmp_path, "--arms", "base", "--lengths", 0.8, 1, "--seeds", 0)
+    output = tmp_path / "retrofits.jsonl"
+    run("experiments/retrofit_schedule.py", tmp_path, tmp_path / "losses.jsonl", "--output", output, "--factors", 1)
+    rows = {row["arm"]: row["losses"] for row in map(json.loads, output.read_text().splitlines())}
+    first, last = ({arm: losses[i]["loss"] for arm, losses in rows.items()} for i in (0, -1))
+    assert first["plateau"] == pytest.approx(first["base"], abs=1e-5), "a retrofit starts as its base"
+    assert (
+        first["finished"] == pytest.approx(first["finished-base"], abs=1e-5) != pytest.approx(first["base"], abs=1e-5)
+    )
+    # Queries alone change little in one step, and one of the four steps is theirs
+    assert first["queries-first"] == pytest.approx(first["base"], abs=2e-2) and first["queries-first"] != first["base"]
+    assert {arm: losses[-1]["step"] for arm, losses in rows.items()} == dict.fromkeys(rows, 4) | {"queries-first": 3}
+    assert len(set(last.values())) == 5
+
+
+def test_the_compute_multiplier():
+    """The base needs 1.25 times the tokens of the other arm."""
+    from plot_pretrain import multiplier
+
+    def runs(length):
+        return {
+            seed: {"losses": [{"loss": 2 + 0.7 * length**-0.3 + error}]} for seed, error in enumerate((-1e-3, 1e-3))
+        }
+
+    chosen = {(48, length, "base"): runs(length) for length in (0.5, 1.0, 2.0)} | {(48, 1.0, "block"): runs(1.25)}
+    value, low, high = multiplier(chosen, 48, 1.0, "block")
+    assert value == pytest.approx(1.25, abs=0.01) and 1.2 < low < value < high < 1.3
+    del chosen[48, 2.0, "base"]
+    assert multiplier(chosen, 48, 1.0, "block") is None
 
 
 def test_each_arm_at_its_best_setting(tmp_path):
-    from plot_training import best, check_conditions, read, retimed, table
+    from plot_training import best, check_conditions, read, table
 
     def row(arm, seed, rate, final, seconds, **fields):
         losses = [{"step": 0, "loss": 4.0, "seconds": 0.0}, {"step": 9, "loss": final, "seconds": seconds}]
@@ -305,13 +358,6 @@ def test_each_arm_at_its_best_setting(tmp_path):
         "| attnres | learning_rate 0.001, attn_res_learning_rate 0.0001, block_size 1 | 2.3000 (2.0000 to 2.6000) | "
         "-0.8000 (-1.0000 to -0.6000) | 0.0500 (0.0000 to 0.1000) |",
     ]
-    # In the short runs, a step of AttnRes takes 1.2 times a step of the base, so 7.5 of 9 steps fit in the base's time
-    speeds = [("base", 5.0), ("base", 1.0), ("base", 1.0), ("attnres", 1.2)]
-    rows = [{"arm": arm, "losses": [{"step": 4, "seconds": 4 * speed}]} for arm, speed in speeds]
-    (tmp_path / "short.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
-    retimed(arms, tmp_path / "short.jsonl")
-    line = table(arms, {arm: best(arm, arms[arm]) for arm in arms}).splitlines()[-1]
-    assert line.endswith("| -0.5167 (-0.6667 to -0.3667) |")
 
     settings = {arm: best(arm, arms[arm]) for arm in arms}
     check_conditions(settings)

@@ -1,11 +1,9 @@
-"""Learning curves and sweeps of compare_training.py and pretrain.py, as a picture and a Markdown table.
+"""Learning curves and sweeps of compare_training.py, as a picture and a Markdown table.
 
     python examples/experiments/plot_training.py losses.jsonl --output losses.png
     python examples/experiments/plot_training.py losses.jsonl --output losses.png --arms-by arm block_size
-    python examples/experiments/plot_training.py losses.jsonl --output losses.png --speed short.jsonl
 
 Each arm is shown at its best setting: among the settings with the most seeds, the one with the lowest mean final loss.
-`--speed` gives the time of a step. Its file holds short runs of the same arms, made in turns on a quiet machine.
 """
 
 import argparse
@@ -46,16 +44,6 @@ def read(files: list[Path], arms_by: list[str]) -> dict[str, dict[tuple, dict[in
         setting = tuple(sorted((name, value) for name, value in row.items() if name not in (*MEASURED, *arms_by)))
         arms[arm][setting][row["seed"]] = row["losses"]
     return arms
-
-
-def retimed(arms: dict[str, dict], file: Path) -> None:
-    """Sets the seconds of each point from the runs in `file`: its steps times the arm's median time of a step."""
-    speeds = defaultdict(list)
-    for row in map(json.loads, file.read_text().splitlines()):
-        speeds[row["arm"]].append(row["losses"][-1]["seconds"] / row["losses"][-1]["step"])
-    for arm, settings in arms.items():
-        for point in (point for runs in settings.values() for run in runs.values() for point in run):
-            point["seconds"] = point["step"] * float(np.median(speeds[arm]))
 
 
 def final(runs: dict[int, list[dict]], seeds) -> float:
@@ -158,12 +146,9 @@ def main():
     parser.add_argument("--output", type=Path, required=True, help="picture to write")
     parser.add_argument("--arms-by", nargs="+", default=["arm"], help="fields that name an arm (default: arm)")
     parser.add_argument("--first-step", type=int, default=0, help="first step of the curves in the picture")
-    parser.add_argument("--speed", type=Path, help="JSON lines of short runs, for the seconds that a step takes")
     args = parser.parse_args()
 
     arms = read(args.files, args.arms_by)
-    if args.speed:
-        retimed(arms, args.speed)
     settings = {arm: best(arm, arms[arm]) for arm in arms}
     check_conditions(settings)
     chosen = {arm: arms[arm][setting] for arm, setting in settings.items()}

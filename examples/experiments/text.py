@@ -1,9 +1,12 @@
 """Text files as blocks of tokens, for training."""
 
 import argparse
+import hashlib
 import sysconfig
+from importlib.metadata import distribution
 from pathlib import Path
 
+import numpy as np
 import torch
 import transformers
 from datasets import Dataset
@@ -25,6 +28,48 @@ def recent_files() -> list[str]:
     return [str(file) for file in sources if "Copyright 2026" in file.read_text(encoding="utf-8")[:200]]
 
 
+def package_files(requirements: Path) -> tuple[list[Path], list[Path]]:
+    """
+    Python files of the installed packages in a requirements file, for training and held out, in the order of their
+    hashes. Held out are the packages below the line `# held out`. Each text is in one file only.
+    """
+    parts, seen = [], set()
+    # The held-out packages come first, so that none of their texts is in the training files
+    for packages in reversed(requirements.read_text().split("# held out\n")):
+        files = {}
+        for name, version in (line.split("==") for line in packages.split()):
+            package = distribution(name)
+            if package.version != version:
+                raise ValueError(
+                    f"{name} {package.version} is installed, but {requirements} lists {version}: "
+                    f"`pip install --no-deps -r {requirements}`."
+                )
+            for file in (Path(file.locate()) for file in package.files if file.suffix == ".py"):
+                if file.exists() and (content := hashlib.sha256(file.read_bytes()).hexdigest()) not in seen:
+                    seen.add(content)
+                    files[content] = file
+        parts.append([files[content] for content in sorted(files)])
+    held_out, train = parts
+    return train, held_out
+
+
+def cut(files: list[str | Path], tokenizer: PreTrainedTokenizerBase, length: int) -> np.ndarray:
+    """Text files as blocks of `length` tokens, with an end-of-text token after each file."""
+    end_of_text = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    streams = [np.empty(0, dtype=np.int32)]
+    for file in tqdm(files, desc="Tokenizing", delay=1):
+        text = Path(file).read_text(encoding="utf-8", errors="replace")
+        # Not verbose: a text may be longer than the context of the model, since it is cut into blocks
+        tokens = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] + end_of_text
+        streams.append(np.array(tokens, dtype=np.int32))
+    stream = np.concatenate(streams)
+    return stream[: len(stream) // length * length].reshape(-1, length)
+
+
+def dataset(blocks: np.ndarray) -> Dataset:
+    return Dataset.from_dict({"input_ids": blocks, "labels": blocks}).with_format("torch")
+
+
 def sample(blocks: Dataset, count: int) -> Dataset:
     """`count` random blocks, the same on each call. All blocks if there are fewer."""
     return blocks.shuffle(seed=0).select(range(min(count, len(blocks))))
@@ -32,33 +77,22 @@ def sample(blocks: Dataset, count: int) -> Dataset:
 
 def token_blocks(files: list[str], tokenizer: PreTrainedTokenizerBase, length: int) -> tuple[Dataset, Dataset]:
     """
-    Cuts text files into blocks of `length` tokens, with an end-of-text token after each file.
+    Blocks of [`cut`].
 
     Returns:
         `tuple[Dataset, Dataset]`: blocks for training, and held-out blocks for evaluation. Each tenth file is held out.
         With fewer than ten files, the end of the text is held out. Both have `input_ids` and `labels`.
     """
-    end_of_text = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-
-    def cut(files):
-        stream = []
-        for file in tqdm(files, desc="Tokenizing", delay=1):
-            # Not verbose: a text may be longer than the context of the model, since it is cut into blocks below
-            text = Path(file).read_text(encoding="utf-8")
-            stream += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] + end_of_text
-        return [stream[i : i + length] for i in range(0, len(stream) - length + 1, length)]
-
-    held_out = cut(files[9::10])
-    blocks = cut([file for number, file in enumerate(files) if number % 10 != 9])
-    if not held_out:
+    held_out = cut(files[9::10], tokenizer, length)
+    blocks = cut([file for number, file in enumerate(files) if number % 10 != 9], tokenizer, length)
+    if not len(held_out):
         blocks, held_out = blocks[: -len(blocks) // 10], blocks[-len(blocks) // 10 :]
-    if not blocks or not held_out:
+    if not len(blocks) or not len(held_out):
         raise ValueError(
             f"{len(files)} text files do not make two blocks of {length} tokens, one for training and one held out: "
             "give more text or a smaller block length."
         )
-    train, evaluation = (Dataset.from_dict({"input_ids": rows, "labels": rows}) for rows in (blocks, held_out))
-    return train.with_format("torch"), evaluation.with_format("torch")
+    return dataset(blocks), dataset(held_out)
 
 
 def parse_and_load(

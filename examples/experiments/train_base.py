@@ -43,7 +43,7 @@ def llama_config(tokenizer: PreTrainedTokenizerFast, hidden_size: int, layers: i
         hidden_size=hidden_size,
         intermediate_size=hidden_size * 8 // 3,
         num_hidden_layers=layers,
-        num_attention_heads=max(1, hidden_size // 64),
+        num_attention_heads=max(2, hidden_size // 64),
         max_position_embeddings=1024,
         tie_word_embeddings=True,
         bos_token_id=None,

@@ -65,21 +65,25 @@ def adamw(model: torch.nn.Module, **rates: float) -> torch.optim.Optimizer:
     return torch.optim.AdamW(attn_res_parameter_groups(model, **rates))
 
 
+# CPU seconds leave out the time that other processes take
+seconds = time.perf_counter if torch.cuda.is_available() else time.process_time
+
+
 class Clock(TrainerCallback):
-    """Seconds of training up to each evaluation, without the evaluations themselves."""
+    """Logs the seconds of training between two evaluations, so that checkpoints keep them."""
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.spent, self.seconds = 0.0, []
+        self.spent = 0.0
 
     def on_step_end(self, args, state, control, **kwargs):
         if control.should_evaluate:
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
-            self.spent += time.perf_counter() - self.start
+            self.spent = seconds() - self.start
 
     def on_evaluate(self, args, state, control, **kwargs):
-        self.seconds.append(round(self.spent, 2))
-        self.start = time.perf_counter()
+        state.log_history[-1]["seconds"] = self.spent
+        self.start = seconds()
 
 
 def train(
@@ -90,44 +94,51 @@ def train(
     args: argparse.Namespace,
     seed: int,
     optim: str | None = None,
+    checkpoint: Path | None = None,
+    **options,
 ) -> list[dict]:
     """
     Losses on held-out text by step, with the seconds of training up to that step. `optim` names an optimizer of
-    Trainer that replaces AdamW. It has one learning rate for all parameters.
+    Trainer that replaces AdamW. It has one learning rate for all parameters. The run goes on from `checkpoint`.
+    `options` replace those of `TrainingArguments` below.
     """
-    clock = Clock()
-    own = {"optim": optim, "learning_rate": rates["learning_rate"]} if optim else {}
+    if optim:
+        options |= {"optim": optim, "learning_rate": rates["learning_rate"]}
     with tempfile.TemporaryDirectory() as folder:
+        defaults = {
+            "output_dir": folder,
+            "save_strategy": "no",
+            "lr_scheduler_type": "cosine",
+            "warmup_steps": args.steps // 10,
+        }
         trainer = Trainer(
             model=model,
             args=TrainingArguments(
-                output_dir=folder,
                 max_steps=args.steps,
                 per_device_train_batch_size=args.batch_size,
                 per_device_eval_batch_size=args.batch_size,
                 gradient_accumulation_steps=args.accumulation_steps,
-                lr_scheduler_type="cosine",
-                warmup_steps=args.steps // 10,
                 eval_strategy="steps",
                 eval_steps=args.eval_steps,
                 eval_on_start=True,
                 logging_steps=args.eval_steps,
-                save_strategy="no",
                 report_to="none",
                 bf16=args.bf16,
                 use_cpu=not torch.cuda.is_available(),
                 # The seed alone decides which batches a step sees
                 seed=seed,
-                **own,
+                **defaults | options,
             ),
             train_dataset=train_blocks,
             eval_dataset=held_out_blocks,
-            callbacks=[clock],
+            callbacks=[Clock()],
             optimizer_cls_and_kwargs=None if optim else (lambda: adamw, rates),
         )
-        trainer.train()
-    evaluations = [row for row in trainer.state.log_history if "eval_loss" in row]
-    return [
-        {"step": row["step"], "loss": row["eval_loss"], "seconds": seconds}
-        for row, seconds in zip(evaluations, clock.seconds)
-    ]
+        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+    points, spent = {}, 0.0
+    for row in trainer.state.log_history:
+        if "eval_loss" in row:
+            spent += row["seconds"]
+            # A run that goes on from a checkpoint evaluates it again
+            points[row["step"]] = {"step": row["step"], "loss": row["eval_loss"], "seconds": round(spent, 2)}
+    return list(points.values())
