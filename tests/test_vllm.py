@@ -227,7 +227,9 @@ def save_adapter(folder, adapter, prompts, modules_to_save=None):
 def test_vllm_with_a_lora(tmp_path):
     """Each prompt twice in one batch, without the LoRA and with it."""
     prompts = [[5, 9, 2], [*range(1, 41)]]
-    lora_job, expected = tiny_job("llama", tmp_path / "model", prompts, enable_lora=True)
+    # On a CPU, vLLM 0.32 takes the last slot for a prompt without a LoRA, so one more than the LoRAs is needed
+    options = {"enable_lora": True, "max_loras": 2}
+    lora_job, expected = tiny_job("llama", tmp_path / "model", prompts, **options)
     adapted = save_adapter(tmp_path / "model", tmp_path / "adapter", prompts)
     assert all(own != other for own, other in zip(adapted, expected))
     lora_job |= {"adapter": str(tmp_path / "adapter"), "prompts": [p for p in prompts for _ in range(2)]}
@@ -239,13 +241,13 @@ def test_vllm_with_a_lora(tmp_path):
 
 def test_vllm_says_how_to_merge_an_adapter_with_depth_attention(tmp_path):
     prompts = [[5, 9, 2], [*range(1, 41)]]
-    folders = {"ADAPTER": str(tmp_path / "adapter"), "MERGED": str(tmp_path / "merged")}
+    folders = {name: str(tmp_path / name.lower()) for name in ("MODEL", "ADAPTER", "MERGED")}
     lora_job, _ = tiny_job("llama", tmp_path / "model", prompts, enable_lora=True)
     expected = save_adapter(tmp_path / "model", folders["ADAPTER"], prompts, ATTN_RES_MODULES)
     (result,), log = run_jobs([{**lora_job, "adapter": folders["ADAPTER"]}], tmp_path)
     assert "error" in result and "vLLM cannot load as an adapter. Merge it" in log, log[-8000:]
 
-    command = shlex.split(re.search(r"python (-c .+ ADAPTER MERGED)", log)[1])
+    command = shlex.split(re.search(r"python (-c .+ MODEL ADAPTER MERGED)", log)[1])
     subprocess.run([sys.executable, *(folders.get(word, word) for word in command)], check=True)
     (result,), log = run_jobs([{**lora_job, "model": folders["MERGED"]}], tmp_path)
     assert result["tokens"] == [expected, expected], log[-8000:]
