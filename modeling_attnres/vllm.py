@@ -3,8 +3,8 @@
 AttnRes models in vLLM: a plugin, which vLLM loads by itself where this package is installed.
 
 The models are those of vLLM's Transformers backend, with three additions. A pipeline stage passes on all its sources.
-vLLM is told what it recognizes a base by: latent attention, mixture of experts. On a CUDA device, compiled models use
-the fused kernel of flash-linear-attention.
+vLLM is told what it recognizes a base by: latent attention, mixture of experts. The depth attention has operators for
+inference: the fused kernel of flash-linear-attention in compiled graphs, and matrix products for few tokens.
 """
 
 from collections.abc import Callable
@@ -23,7 +23,7 @@ from vllm.transformers_utils.model_arch_config_convertor import (
     ModelArchConfigConvertorBase,
 )
 
-from .depth_attention import ATTN_RES_IMPLEMENTATIONS, auto_depth_attention, fla_kernel
+from .depth_attention import ATTN_RES_IMPLEMENTATIONS, STREAMING_SIZE, auto_depth_attention, fla_kernel
 from .modeling_attnres import decoder_layers
 from .residual_stream import ResidualStream
 from .training import ATTN_RES_MODULES
@@ -73,9 +73,28 @@ def _(query, key_norm, sources, scale, eps):
     return torch.empty_like(sources[0])
 
 
-def depth_attention_in_vllm(query, key_norm, sources, scale, eps) -> torch.Tensor:
+def depth_attention_with_kernel(query, key_norm, sources, scale, eps) -> torch.Tensor:
     attend = depth_attention_op if torch.compiler.is_compiling() else auto_depth_attention
     return attend(query, key_norm, list(sources), scale, eps)
+
+
+def depth_attention_without_kernel(query, key_norm, sources, scale, eps) -> torch.Tensor:
+    is_small = not torch.compiler.is_compiling() and sources[0].numel() <= STREAMING_SIZE
+    attend = batched_depth_attention if is_small else auto_depth_attention
+    return attend(query, key_norm, sources, scale, eps)
+
+
+def batched_depth_attention(query, key_norm, sources, scale, eps) -> torch.Tensor:
+    """Depth attention by matrix products: fewer calls, but autocast would round them, and their gradients."""
+    values = torch.stack(sources, dim=-2)
+    if values.dtype.itemsize < 4:
+        values = values.float()
+    scaled_query = query.to(values.dtype) * key_norm.to(values.dtype)
+    mean_squares = torch.linalg.vector_norm(values, dim=-1).square() / query.shape[-1]
+    weights = (values @ scaled_query / (mean_squares + eps).sqrt()).softmax(dim=-1)
+    if scale == "sum":
+        weights = weights * len(sources)
+    return (weights.unsqueeze(-2) @ values).squeeze(-2).to(sources[0].dtype)
 
 
 class AttnResMixin:
@@ -83,8 +102,8 @@ class AttnResMixin:
 
     def __init__(self, *, vllm_config, prefix: str = ""):
         super().__init__(vllm_config=vllm_config, prefix=prefix)
-        if self.device_config.device_type == "cuda" and fla_kernel() is not None:
-            ATTN_RES_IMPLEMENTATIONS["auto"] = depth_attention_in_vllm
+        has_kernel = self.device_config.device_type == "cuda" and fla_kernel() is not None
+        ATTN_RES_IMPLEMENTATIONS["auto"] = depth_attention_with_kernel if has_kernel else depth_attention_without_kernel
         self.make_empty_intermediate_tensors = make_empty_intermediate_tensors_factory(
             ["hidden_states"], self.num_sources * self.text_config.hidden_size
         )
