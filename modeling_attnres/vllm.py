@@ -2,15 +2,19 @@
 """
 AttnRes models in vLLM: a plugin, which vLLM loads by itself where this package is installed.
 
-The models are those of vLLM's Transformers backend, with two additions. A pipeline stage passes on all its sources. And
-vLLM is told what it recognizes a base by: latent attention, mixture of experts.
+The models are those of vLLM's Transformers backend, with three additions. A pipeline stage passes on all its sources.
+vLLM is told what it recognizes a base by: latent attention, mixture of experts. The depth attention has operators for
+inference: the fused kernel of flash-linear-attention in compiled graphs, and matrix products for few tokens.
 """
 
+from collections.abc import Callable
 from contextlib import suppress
+from functools import wraps
 
 import torch
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from vllm.distributed.utils import get_pp_indices
+from vllm.lora.peft_helper import PEFTHelper
 from vllm.model_executor.models import ModelRegistry
 from vllm.model_executor.models.transformers import TransformersForCausalLM, TransformersMoEForCausalLM
 from vllm.model_executor.models.utils import PPMissingLayer, make_empty_intermediate_tensors_factory
@@ -19,8 +23,10 @@ from vllm.transformers_utils.model_arch_config_convertor import (
     ModelArchConfigConvertorBase,
 )
 
+from .depth_attention import ATTN_RES_IMPLEMENTATIONS, STREAMING_SIZE, auto_depth_attention, fla_kernel
 from .modeling_attnres import decoder_layers
 from .residual_stream import ResidualStream
+from .training import ATTN_RES_MODULES
 
 
 class Receive(PPMissingLayer):
@@ -53,11 +59,51 @@ class Send(PPMissingLayer):
         return side_by_side(list(stream.sources))
 
 
+# In a compiled graph `auto` does not use the kernel, because the compiler cannot look into it. It does not have to look
+# into this operation, which is for inference
+@torch.library.custom_op("attnres::depth_attention", mutates_args=())
+def depth_attention_op(
+    query: torch.Tensor, key_norm: torch.Tensor, sources: list[torch.Tensor], scale: str, eps: float
+) -> torch.Tensor:
+    return auto_depth_attention(query, key_norm, sources, scale, eps)
+
+
+@depth_attention_op.register_fake
+def _(query, key_norm, sources, scale, eps):
+    return torch.empty_like(sources[0])
+
+
+def depth_attention_with_kernel(query, key_norm, sources, scale, eps) -> torch.Tensor:
+    attend = depth_attention_op if torch.compiler.is_compiling() else auto_depth_attention
+    return attend(query, key_norm, list(sources), scale, eps)
+
+
+def depth_attention_without_kernel(query, key_norm, sources, scale, eps) -> torch.Tensor:
+    is_small = not torch.compiler.is_compiling() and sources[0].numel() <= STREAMING_SIZE
+    attend = batched_depth_attention if is_small else auto_depth_attention
+    return attend(query, key_norm, sources, scale, eps)
+
+
+def batched_depth_attention(query, key_norm, sources, scale, eps) -> torch.Tensor:
+    """Depth attention by matrix products: fewer calls, but autocast would round them, and their gradients."""
+    values = torch.stack(sources, dim=-2)
+    if values.dtype.itemsize < 4:
+        values = values.float()
+    scaled_query = query.to(values.dtype) * key_norm.to(values.dtype)
+    mean_squares = torch.linalg.vector_norm(values, dim=-1).square() / query.shape[-1]
+    weights = (values @ scaled_query / (mean_squares + eps).sqrt()).softmax(dim=-1)
+    if scale == "sum":
+        weights = weights * len(sources)
+    return (weights.unsqueeze(-2) @ values).squeeze(-2).to(sources[0].dtype)
+
+
 class AttnResMixin:
     """For the classes of vLLM's Transformers backend."""
 
     def __init__(self, *, vllm_config, prefix: str = ""):
         super().__init__(vllm_config=vllm_config, prefix=prefix)
+        has_kernel = self.device_config.device_type == "cuda" and fla_kernel() is not None
+        ATTN_RES_IMPLEMENTATIONS["auto"] = depth_attention_with_kernel if has_kernel else depth_attention_without_kernel
         self.make_empty_intermediate_tensors = make_empty_intermediate_tensors_factory(
             ["hidden_states"], self.num_sources * self.text_config.hidden_size
         )
@@ -120,8 +166,33 @@ def arch_config_convertor(hf_config, hf_text_config, **kwargs) -> ModelArchConfi
     return convertor
 
 
+MERGE = (
+    "import sys, modeling_attnres, peft, transformers; model, adapter, merged = sys.argv[1:]; "
+    "model = transformers.AutoModelForCausalLM.from_pretrained(model); "
+    "peft.PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(merged)"
+)
+
+
+def refusing_depth_attention(validate_legal: Callable) -> Callable:
+    """vLLM switches LoRA weights from request to request, and nothing else."""
+
+    @wraps(validate_legal)
+    def validate(self: PEFTHelper, lora_config) -> None:
+        trained = [name for name in self.modules_to_save or () if name in ATTN_RES_MODULES]
+        if trained:
+            raise ValueError(
+                f"The adapter also trains the depth attention (`modules_to_save` is {trained}), which vLLM cannot load "
+                f"as an adapter. Merge it into its model first, and serve the merged one (`--tokenizer MODEL`):\n"
+                f'python -c "{MERGE}" MODEL ADAPTER MERGED'
+            )
+        validate_legal(self, lora_config)
+
+    return validate
+
+
 def register():
     """The entry point of the group `vllm.general_plugins`."""
     MODEL_ARCH_CONFIG_CONVERTORS["attnres"] = arch_config_convertor
     for model_class in (AttnResForCausalLM, AttnResMoEForCausalLM):
         ModelRegistry.register_model(model_class.__name__, model_class)
+    PEFTHelper.validate_legal = refusing_depth_attention(PEFTHelper.validate_legal)

@@ -61,7 +61,7 @@ AUTO_CLASSES = {
 def tiny_base_config(base_model_type, **fields):
     config_class = CONFIG_MAPPING[base_model_type]
     if base_model_type in families.OTHERS:
-        return config_class(**families.other_fields(config_class().to_dict()), **fields)
+        return config_class(**{**families.other_fields(config_class().to_dict()), **fields})
     return config_class(**{**TINY, **FAMILIES[base_model_type], **fields})
 
 

@@ -6,17 +6,23 @@ where there is an environment with vLLM (fifty minutes on two slow cores; vLLM c
     ATTNRES_VLLM_PYTHON=/tmp/vllm/bin/python pytest tests/test_vllm.py
 """
 
+import re
+import shlex
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 import vllm_families
 from conftest import attnres_of, randomize_depth_attention, tiny_base
+from peft import LoraConfig, get_peft_model
 from server import chat, served
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from vllm_environment import VLLM_PYTHON, environment, job, run_jobs
 from vllm_families import OPTIONS, larger
 
+from modeling_attnres import ATTN_RES_MODULES
 from modeling_attnres.conversion import retrofit
 
 
@@ -171,6 +177,21 @@ def test_vllm_in_compiled_pipeline_stages(attn_res_type, tmp_path):
     assert result["tokens"] == [expected, expected]
 
 
+LAYOUTS = {
+    "three stages": ({"pipeline_parallel_size": 3}, "2,1,2"),
+    "two stages of two processes": ({"pipeline_parallel_size": 2, "tensor_parallel_size": 2}, "3,2"),
+}
+
+
+@pytest.mark.parametrize("attn_res_type", ["block", "full"])
+@pytest.mark.parametrize("options, layers", LAYOUTS.values(), ids=LAYOUTS)
+def test_vllm_in_more_processes(options, layers, attn_res_type, tmp_path):
+    served_job, expected = tiny_job("llama", tmp_path / "model", [[5, 9, 2], [*range(1, 41)]], attn_res_type, **options)
+    (result,), log = run_jobs([served_job], tmp_path, VLLM_PP_LAYER_PARTITION=layers)
+    assert "error" not in result, log[-8000:]
+    assert result["tokens"] == [expected, expected]
+
+
 @pytest.mark.parametrize("family", ["mixtral", "deepseek_v3"])
 def test_vllm_knows_the_base(family, tmp_path):
     """Its class for mixtures of experts, and latent attention."""
@@ -179,6 +200,57 @@ def test_vllm_knows_the_base(family, tmp_path):
     assert "error" not in result, log[-8000:]
     assert result["tokens"] == [expected, expected]
     assert "AttnResMoEForCausalLM" in log
+
+
+def test_vllm_compiles_depth_attention_as_one_operation():
+    """By torch's checks of custom operations, on a CPU. vLLM uses this operation on a CUDA device."""
+    check = (
+        "import modeling_attnres.vllm, torch; query, key_norm, *sources = torch.randn(5, 1, 9, 64); "
+        "arguments = (query[0, 0], key_norm[0, 0], sources, 'sum', 1e-6); "
+        "torch.library.opcheck(torch.ops.attnres.depth_attention.default, arguments)"
+    )
+    subprocess.run([VLLM_PYTHON, "-c", check], check=True)
+
+
+def save_adapter(folder, adapter, prompts, modules_to_save=None):
+    """A LoRA with random weights, also in the modules to save, and the tokens that the model with it generates."""
+    config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, modules_to_save=modules_to_save)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and "modules_to_save" in name:
+                parameter.add_(torch.randn_like(parameter))
+    model.save_pretrained(adapter)
+    return vllm_families.greedy(model, prompts)
+
+
+def test_vllm_with_a_lora(tmp_path):
+    """Each prompt twice in one batch, without the LoRA and with it."""
+    prompts = [[5, 9, 2], [*range(1, 41)]]
+    # On a CPU, vLLM 0.32 takes the last slot for a prompt without a LoRA, so one more than the LoRAs is needed
+    options = {"enable_lora": True, "max_loras": 2}
+    lora_job, expected = tiny_job("llama", tmp_path / "model", prompts, **options)
+    adapted = save_adapter(tmp_path / "model", tmp_path / "adapter", prompts)
+    assert all(own != other for own, other in zip(adapted, expected))
+    lora_job |= {"adapter": str(tmp_path / "adapter"), "prompts": [p for p in prompts for _ in range(2)]}
+    (result,), log = run_jobs([lora_job], tmp_path)
+    assert "error" not in result, log[-8000:]
+    alternating = [tokens for pair in zip(expected, adapted) for tokens in pair]
+    assert result["tokens"] == [alternating, alternating]
+
+
+def test_vllm_says_how_to_merge_an_adapter_with_depth_attention(tmp_path):
+    prompts = [[5, 9, 2], [*range(1, 41)]]
+    folders = {name: str(tmp_path / name.lower()) for name in ("MODEL", "ADAPTER", "MERGED")}
+    lora_job, _ = tiny_job("llama", tmp_path / "model", prompts, enable_lora=True)
+    expected = save_adapter(tmp_path / "model", folders["ADAPTER"], prompts, ATTN_RES_MODULES)
+    (result,), log = run_jobs([{**lora_job, "adapter": folders["ADAPTER"]}], tmp_path)
+    assert "error" in result and "vLLM cannot load as an adapter. Merge it" in log, log[-8000:]
+
+    command = shlex.split(re.search(r"python (-c .+ MODEL ADAPTER MERGED)", log)[1])
+    subprocess.run([sys.executable, *(folders.get(word, word) for word in command)], check=True)
+    (result,), log = run_jobs([{**lora_job, "model": folders["MERGED"]}], tmp_path)
+    assert result["tokens"] == [expected, expected], log[-8000:]
 
 
 @pytest.mark.parametrize("trained_folder", ["block"], indirect=True)

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import conftest
 import torch
+from families import other_fields
+from transformers import CONFIG_MAPPING
 from vllm_environment import job, run_jobs
 
 
@@ -20,7 +22,7 @@ SIZES = {
     **{"vocab_size": 128, "hidden_size": 128, "intermediate_size": 128, "moe_intermediate_size": 64, "head_dim": 32},
     **{"kv_lora_rank": 512, "q_lora_rank": 32, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128},
     **{"linear_head_dim": 32, "linear_key_head_dim": 32, "linear_value_head_dim": 32},
-    "shared_expert_intermediate_size": 64,
+    **{"shared_expert_intermediate_size": 64, "max_position_embeddings": 128},
 }
 OPTIONS = {"enforce_eager": True, "max_model_len": 128, "max_num_batched_tokens": 128, "max_num_seqs": 4}
 MAX_TOKENS = 12
@@ -28,7 +30,10 @@ MAX_TOKENS = 12
 
 def larger(family: str) -> dict:
     """The tests' fields of a family, in sizes that vLLM takes."""
-    fields = {**conftest.TINY, **conftest.FAMILIES[family]}
+    if family in conftest.FAMILIES:
+        fields = {**conftest.TINY, **conftest.FAMILIES[family]}
+    else:
+        fields = other_fields(CONFIG_MAPPING[family]().to_dict())
     return {name: SIZES[name] for name, value in fields.items() if name in SIZES and value is not None}
 
 
@@ -44,7 +49,7 @@ def cell(result: dict, expected: list[list[int]]) -> str:
 
 
 def main():
-    families = sys.argv[1:] or sorted(conftest.FAMILIES)
+    families = sys.argv[1:] or sorted([*conftest.FAMILIES, *conftest.OTHERS])
     generator = torch.Generator().manual_seed(0)
     prompts = [torch.randint(1, 99, (length,), generator=generator).tolist() for length in (5, 40, 17)]
     with tempfile.TemporaryDirectory() as work:

@@ -3,7 +3,8 @@
     $ATTNRES_VLLM_PYTHON examples/serving/vllm_generate.py jobs.json results.json
 
 `jobs.json` is a list of objects with `model` (a folder), `prompts` (lists of token ids), `max_tokens` and `options`
-(what `vllm.LLM` takes). The prompts of a job are given twice, so that the second time finds them in the prefix cache.
+(what `vllm.LLM` takes). With `adapter`, the folder of a LoRA, every second prompt is given to the model with the LoRA.
+The prompts of a job are given twice, so that the second time finds them in the prefix cache.
 `results.json` has for each job the `tokens` of both passes and how many `cached` ones the second found, or an `error`.
 """
 
@@ -26,9 +27,10 @@ OPTIONS = {
 def engine(model: str, **options):
     from vllm import LLM
 
-    if options.get("tensor_parallel_size", 1) * options.get("pipeline_parallel_size", 1) == 2:
-        # Each process gets a core of its own
-        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "0|1"
+    processes = options.get("tensor_parallel_size", 1) * options.get("pipeline_parallel_size", 1)
+    if processes > 1:
+        # Each process gets a core, of its own while there are enough
+        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(str(p % os.cpu_count()) for p in range(processes))
     llm = LLM(model, **{**OPTIONS, **options})
     if options.get("pipeline_parallel_size", 1) > 1 and options.get("enforce_eager"):
         # On a CPU the buffer for a stage's input is made by the first dummy run, which vLLM 0.32 leaves out if eager
@@ -36,11 +38,15 @@ def engine(model: str, **options):
     return llm
 
 
-def generate(llm, prompts: list[list[int]], max_tokens: int) -> list:
+def generate(llm, prompts: list[list[int]], max_tokens: int, adapter: str | None = None) -> list:
     from vllm import SamplingParams
+    from vllm.lora.request import LoRARequest
 
     parameters = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True, detokenize=False)
-    return llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], parameters, use_tqdm=False)
+    lora = LoRARequest("adapter", 1, adapter) if adapter else None
+    loras = [lora if number % 2 else None for number in range(len(prompts))]
+    inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
+    return llm.generate(inputs, parameters, lora_request=loras, use_tqdm=False)
 
 
 def run(job: dict) -> dict:
@@ -49,7 +55,7 @@ def run(job: dict) -> dict:
     llm = None
     try:
         llm = engine(job["model"], **job["options"])
-        passes = [generate(llm, job["prompts"], job["max_tokens"]) for _ in range(2)]
+        passes = [generate(llm, job["prompts"], job["max_tokens"], job.get("adapter")) for _ in range(2)]
     except Exception as error:  # noqa: BLE001  one model of a list may be one that vLLM does not take
         return {"error": f"{type(error).__name__}: {error}"}
     finally:
