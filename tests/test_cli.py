@@ -1,28 +1,19 @@
 """The `attnres` command as a user types it."""
 
 import json
-import os
 import re
 import resource
-import subprocess
 import sys
 
 import pytest
-from test_conversion import file_bytes, save_base
+from helpers import attnres, file_bytes, save_base
 
 
-# A terminal wide enough for a message, without colors in the midst of it
-ENVIRONMENT = {**os.environ, "COLUMNS": "100", "NO_COLOR": "1", "TERM": "dumb"}
 COMMANDS = ("retrofit", "verify", "revert", "inspect", "push")
-
-
-def attnres(*arguments, environment=ENVIRONMENT, command=("attnres",)):
-    return subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True, env=environment)
 
 
 def test_there_and_back(tmp_path):
     base = save_base(tmp_path / "base")
-    (base / "pytorch_model.bin").unlink()
     retrofit = attnres(
         *("retrofit", base, tmp_path / "attnres", "--type", "block", "--block-size", 2, "--scale", "sum"),
         *("--norm-eps", "1e-5", "--link"),
@@ -78,7 +69,7 @@ def test_an_unknown_value_is_a_usage_error(tmp_path):
 def test_help_comes_at_once(command):
     """In under half a second of processor time, since the machine has other work too."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    result = attnres(*command, "--help", environment={**ENVIRONMENT, "COLUMNS": "80"})
+    result = attnres(*command, "--help", env={"COLUMNS": "80"})
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert result.returncode == 0 and "Example: attnres " in result.stdout
     assert max(map(len, result.stdout.splitlines())) <= 80
@@ -87,5 +78,5 @@ def test_help_comes_at_once(command):
 
 def test_version_and_completion():
     assert re.fullmatch(r"modeling-attnres \d+\.\d+\.\d+\n", attnres("--version").stdout)
-    completion = {**ENVIRONMENT, "_ATTNRES_COMPLETE": "complete_bash", "COMP_WORDS": "attnres re", "COMP_CWORD": "1"}
-    assert attnres(environment=completion).stdout.split() == ["retrofit", "revert"]
+    completion = {"_ATTNRES_COMPLETE": "complete_bash", "COMP_WORDS": "attnres re", "COMP_CWORD": "1"}
+    assert attnres(env=completion).stdout.split() == ["retrofit", "revert"]
