@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import MIXTURES, attnres_of, tiny_base
+from helpers import MIXTURES, attnres_of, tiny_base
 from peft import (
     IA3Config,
     LoraConfig,

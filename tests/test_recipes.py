@@ -1,14 +1,12 @@
 """The recipes of examples/README.md, as printed, with a small model and one step of training."""
 
 import re
-import subprocess
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import randomize_depth_attention, tiny_base
+from helpers import randomize_depth_attention, run, tiny_base
 from safetensors.torch import load_file
-from train_base import train_tokenizer
 from transformers import AutoModelForCausalLM
 
 from modeling_attnres import DepthAttention
@@ -25,8 +23,7 @@ def recipe(tool):
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch):
-    tokenizer = train_tokenizer([__file__], vocab_size=300)
+def folder(tokenizer, tmp_path, monkeypatch):
     base = tiny_base("llama", hidden_size=64, vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id)
     for saved in (base, tokenizer):
         saved.save_pretrained(tmp_path / "base")
@@ -36,8 +33,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def shell(command):
-    process = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
-    assert process.returncode == 0, process.stderr
+    run("bash", "-c", command)
 
 
 def test_trl(folder):

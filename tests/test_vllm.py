@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 import vllm_families
-from conftest import attnres_of, randomize_depth_attention, tiny_base
+from helpers import attnres_of, randomize_depth_attention, tiny_base
 from server import chat, served
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from vllm_environment import VLLM_PYTHON, environment, job, run_jobs
