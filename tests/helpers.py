@@ -17,7 +17,9 @@ import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokenizerFast
+from typer.testing import CliRunner
 
+from attnres import app
 from modeling_attnres import AttnResConfig, DepthAttention
 
 
@@ -179,12 +181,20 @@ def attnres(*arguments, command=("attnres",), env=None):
     return subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True, env=environment)
 
 
+def invoke_attnres(*arguments):
+    """Runs the `attnres` command in this process, which spares its imports. Returns a `typer.testing.Result`."""
+    result = CliRunner().invoke(app, [*map(str, arguments)], env=TERMINAL)
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result
+
+
 # Neither this package can be imported nor another one that comes with its tests
 ISOLATED = """
 import sys
 for package in ("modeling_attnres", "attnres", "fla", "trl", "datasets", "tensorboard"):
     sys.modules[package] = None
 import torch
+from attnres import app
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, pipeline
 name, work = sys.argv[1:]

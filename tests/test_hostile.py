@@ -206,7 +206,7 @@ SINGLE = {
     ),
     "weights: a tensor of ours": (
         change_tensors(lambda tensors: {**tensors, "model.layers.0.mlp_res.query": torch.zeros(32)}),
-        "has a tensor 'model.layers.0.mlp_res.query' already",
+        "has a tensor 'model.layers.0.mlp_res.query', the name of one that a retrofit adds",
     ),
     "config: none": (remove("config.json"), "has no config.json"),
     "config: empty": (write("config.json", "{}"), "has no `model_type`"),

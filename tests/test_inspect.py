@@ -15,8 +15,8 @@ import reference
 import torch
 from helpers import (
     BLOCK,
-    attnres,
     attnres_of,
+    invoke_attnres,
     randomize_depth_attention,
     run_example,
     save_word_tokenizer,
@@ -155,8 +155,8 @@ def test_an_adapter(folders, tmp_path):
 def test_the_command(folders, tmp_path):
     (tmp_path / "text.txt").write_text(TEXT)
     arguments = (folders / "step-200", "--text", tmp_path / "text.txt", "--max-tokens", 20)
-    result = attnres("inspect", *arguments, "--json", "--html", tmp_path / "page.html")
-    assert result.returncode == 0, result.stderr
+    result = invoke_attnres("inspect", *arguments, "--json", "--html", tmp_path / "page.html")
+    assert result.exit_code == 0, result.stderr
     content = json.loads(result.stdout)
     expected = inspect_checkpoint(folders / "step-200", TEXT, max_tokens=20)
     assert content["tokens"] == expected.tokens and content["loss"] == pytest.approx(expected.loss)
