@@ -77,7 +77,7 @@ def pairs():
     return Dataset.from_dict(
         {
             "prompt": [f"{a} and {a + 1} make" for a in range(8)],
-            "chosen": [f" {2 * a + 1}" for a in range(8)],
+            "chosen": [f" {2 * a + 1}, which is an odd number" for a in range(8)],
             "rejected": [" nothing"] * 8,
         }
     )
