@@ -194,7 +194,6 @@ import sys
 for package in ("modeling_attnres", "attnres", "fla", "trl", "datasets", "tensorboard"):
     sys.modules[package] = None
 import torch
-from attnres import app
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, pipeline
 name, work = sys.argv[1:]
