@@ -1,17 +1,36 @@
-"""AttnRes written directly from the paper, on the modules of an untouched base model: an oracle for the wiring."""
+"""
+The paper's depth attention in float64, and its AttnRes on the modules of an untouched base model: oracles for the
+operators and for the wiring.
+"""
 
 import inspect
 
 import torch
 
 
-def depth_attend(module, sources, scale):
-    """`s · Σ αᵢ vᵢ` in float64."""
-    values = torch.stack(sources).double()
-    keys = values / (values.pow(2).mean(-1, keepdim=True) + module.eps).sqrt() * module.key_norm.double()
-    logits = torch.einsum("mbtd,d->mbt", keys, module.query.double()) / module.temperature
-    hidden_states = torch.einsum("mbt,mbtd->btd", logits.softmax(0), values)
-    return (hidden_states * (len(sources) if scale == "sum" else 1)).to(sources[0].dtype)
+def attention_weights(query, key_norm, sources, eps=1e-6, kept=None):
+    """
+    The weights αᵢ of the sources, in the last dimension, and the sources stacked as that of the weights. The logit of a
+    source that is not `kept` is -inf.
+    """
+    values = torch.stack([source.double() for source in sources], dim=-2)
+    keys = values / (values.pow(2).mean(-1, keepdim=True) + eps).sqrt() * key_norm.double()
+    logits = keys @ query.double()
+    if kept is not None:
+        logits = logits.masked_fill(~kept, -torch.inf)
+    return logits.softmax(-1), values
+
+
+def depth_attention(query, key_norm, sources, scale, eps=1e-6, kept=None):
+    """`s · Σ αᵢ vᵢ`, where s is the number of (kept) sources or 1."""
+    weights, values = attention_weights(query, key_norm, sources, eps, kept)
+    s = 1 if scale == "mean" else len(sources) if kept is None else kept.sum()
+    return s * (weights.unsqueeze(-1) * values).sum(-2)
+
+
+def parameters(module):
+    """Query, divided by its temperature, and key norm of a depth attention."""
+    return module.query / module.temperature, module.key_norm
 
 
 def first(output):
@@ -84,10 +103,11 @@ def reference_hidden_states(base, attnres, input_ids):
             sources = blocks if partial is None else [*blocks, partial]
             sources = outputs if config.attn_res_type == "full" else sources
             if len(sources) > 1:
-                hidden_states = depth_attend(read, sources, config.attn_res_scale)
+                hidden_states = depth_attention(*parameters(read), sources, read.scale, read.eps).to(outputs[0].dtype)
             for output in sublayer(hidden_states):
                 outputs = [*outputs, output]
                 partial = output if partial is None else partial + output
     sources = outputs if config.attn_res_type == "full" else [*blocks, partial]
-    hidden_states = depth_attend(attnres.model.layers[-1].output_res, sources, config.attn_res_scale)
+    read = attnres.model.layers[-1].output_res
+    hidden_states = depth_attention(*parameters(read), sources, read.scale, read.eps).to(outputs[0].dtype)
     return getattr(decoder, "norm", getattr(decoder, "final_norm", None))(hidden_states)

@@ -1,12 +1,10 @@
-"""A server in a process of its own on loopback, and what asks it as OpenAI's clients do."""
+"""A server in a process of its own on loopback, and a chat with it."""
 
-import json
 import os
 import signal
 import socket
 import subprocess
 import time
-import urllib.error
 import urllib.request
 from contextlib import contextmanager, suppress
 
@@ -50,19 +48,14 @@ def answers(url):
 
 
 def chat(url, model, question, max_tokens, stream=False):
-    """The greedy answer to a question, by way of `/v1/chat/completions`."""
-    body = {
-        **{"model": str(model), "messages": [{"role": "user", "content": question}], "stream": stream},
-        **{"max_tokens": max_tokens, "temperature": 0},
-    }
-    request = urllib.request.Request(
-        f"{url}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
-    )
-    with urllib.request.urlopen(request, timeout=300) as response:
-        if not stream:
-            return json.load(response)["choices"][0]["message"]["content"]
-        lines = [line.decode().removeprefix("data: ").strip() for line in response if line.startswith(b"data: ")]
-    chunks = [json.loads(line)["choices"] for line in lines if line != "[DONE]"]
-    pieces = [choices[0]["delta"].get("content") or "" for choices in chunks if choices]
+    """The greedy answer to a question."""
+    request = {"model": str(model), "messages": [{"role": "user", "content": question}], "temperature": 0}
+    from openai import OpenAI  # not everywhere installed
+
+    client = OpenAI(base_url=f"{url}/v1", api_key="none", timeout=300)
+    answer = client.chat.completions.create(**request, max_tokens=max_tokens, stream=stream)
+    if not stream:
+        return answer.choices[0].message.content
+    pieces = [chunk.choices[0].delta.content or "" for chunk in answer if chunk.choices]
     assert sum(piece != "" for piece in pieces) > 1, "it came at once"
     return "".join(pieces)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import attnres_of, tiny_base
+from helpers import BLOCK, attnres_of, tiny_base, trained
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import Trainer, TrainingArguments
@@ -18,30 +18,28 @@ def data(rows=16):
     return [{"input_ids": row, "labels": row} for row in ids]
 
 
-def train(model, folder, callback=True, steps=6, **arguments):
+def train(model, folder, callback=True, eval_dataset=None, **arguments):
     """Trains, and returns the trainer."""
     torch.manual_seed(0)
-    args = TrainingArguments(
-        folder,
-        max_steps=steps,
-        logging_steps=2,
-        learning_rate=5e-2,
-        per_device_train_batch_size=4,
-        save_strategy="no",
-        use_cpu=True,
-        disable_tqdm=True,
-        **{"report_to": "none", **arguments},
+    fields = {"max_steps": 6, "logging_steps": 2, "learning_rate": 5e-2, "save_strategy": "no", "report_to": "none"}
+    fields |= {"per_device_train_batch_size": 4, "use_cpu": True, "disable_tqdm": True, **arguments}
+    trainer = Trainer(
+        model, TrainingArguments(folder, **fields), train_dataset=data(), eval_dataset=eval_dataset or data(4)
     )
-    trainer = Trainer(model, args, train_dataset=data(), eval_dataset=data(4))
     if callback:
         trainer.add_callback(DepthAttentionCallback(trainer, per_sublayer=True))
     trainer.train()
     return trainer
 
 
+def logged(trainer, name="depth_attention/1-entropy"):
+    """Step and value of each row that has a number of this name."""
+    return [(row["step"], row[name]) for row in trainer.state.log_history if name in row]
+
+
 def test_tensorboard_shows_the_depth_attention(tmp_path, monkeypatch):
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "runs"))
-    model = attnres_of(tiny_base("llama"), attn_res_block_size=2)
+    model = attnres_of(tiny_base("llama"), **BLOCK)
     trainer = train(model, tmp_path, report_to="tensorboard")
     events = EventAccumulator(str(tmp_path / "runs"))
     events.Reload()
@@ -64,30 +62,29 @@ def test_tensorboard_shows_the_depth_attention(tmp_path, monkeypatch):
     }
     assert selectivity[-1][1] == pytest.approx(sum(expected.values()) / len(expected), rel=1e-4)
     for name, value in expected.items():
-        logged = series[f"train/depth_attention_1-entropy/{name.replace(' ', '_')}"][-1][1]
-        assert logged == pytest.approx(value, rel=1e-4)
+        actual = series[f"train/depth_attention_1-entropy/{name.replace(' ', '_')}"][-1][1]
+        assert actual == pytest.approx(value, rel=1e-4)
     assert series["train/depth_attention/max_1-entropy"][-1][1] == pytest.approx(max(expected.values()), rel=1e-4)
 
 
 def test_the_training_is_the_same_without_it(tmp_path):
     """The same losses and the same weights, also with dropout."""
-    models = [attnres_of(tiny_base("llama", attention_dropout=0.2), attn_res_block_size=2) for _ in range(2)]
+    models = [attnres_of(tiny_base("llama", attention_dropout=0.2), **BLOCK) for _ in range(2)]
     trainers = [train(model, tmp_path, callback) for model, callback in zip(models, (False, True))]
-    losses = [[entry["loss"] for entry in trainer.state.log_history if "loss" in entry] for trainer in trainers]
+    losses = [logged(trainer, "loss") for trainer in trainers]
     assert losses[0] == losses[1] and len(losses[0]) == 3
     for ours, theirs in zip(models[1].parameters(), models[0].parameters()):
         assert torch.equal(ours, theirs)
 
 
 def test_padding_is_ignored(tmp_path):
-    model = attnres_of(tiny_base("llama"), attn_res_block_size=2)
-    trainer = train(model, tmp_path, steps=2)
-    callback = next(c for c in trainer.callback_handler.callbacks if isinstance(c, DepthAttentionCallback))
-    expected, _ = callback.measure()
-    ids = torch.nn.functional.pad(callback.inputs["input_ids"], (5, 0))
-    mask = torch.nn.functional.pad(torch.ones_like(callback.inputs["input_ids"]), (5, 0))
-    callback.inputs = {"input_ids": ids, "attention_mask": mask}
-    assert callback.measure()[0] == pytest.approx(expected, rel=1e-3)
+    values = []
+    for padding in (0, 5):
+        rows = [{"input_ids": row["input_ids"], "attention_mask": torch.ones(12, dtype=torch.long)} for row in data(4)]
+        rows = [{name: torch.nn.functional.pad(row[name], (padding, 0)) for name in row} for row in rows]
+        trainer = train(trained(tiny_base("llama"), **BLOCK), tmp_path, eval_dataset=rows, max_steps=1)
+        values.append(logged(trainer)[0][1])
+    assert values[1] == pytest.approx(values[0], rel=1e-3) and values[0] > 0.01
 
 
 def test_a_model_of_remote_code(tmp_path):
@@ -106,22 +103,19 @@ def test_a_model_without_depth_attention_is_refused(tmp_path):
         DepthAttentionCallback(trainer)
 
 
-def test_the_norms_are_those_of_the_trained_queries(tmp_path):
-    """PEFT keeps the frozen queries too. With prompt tuning, virtual tokens come before those of the batch."""
+def test_with_peft(tmp_path):
+    """The norms are those of the trained queries: PEFT keeps the frozen ones too."""
     lora = LoraConfig(target_modules="all-linear", modules_to_save=ATTN_RES_MODULES)
     model = get_peft_model(attnres_of(tiny_base("llama")), lora)
     trainer = train(model, tmp_path, logging_strategy="epoch")
-    assert [row["step"] for row in trainer.state.log_history if "depth_attention/1-entropy" in row] == [0, 4, 6]
-    selectivity, norms = next(
-        callback for callback in trainer.callback_handler.callbacks if isinstance(callback, DepthAttentionCallback)
-    ).measure()
-    trained = [p.norm().item() for name, p in model.named_parameters() if name.endswith("query") and p.requires_grad]
-    assert len(selectivity) == len(norms) == 10 and list(norms.values()) == pytest.approx(trained)
+    assert [step for step, _ in logged(trainer)] == [0, 4, 6]
+    norms = [p.norm().item() for name, p in model.named_parameters() if name.endswith("query") and p.requires_grad]
+    assert len(norms) == 10
+    assert logged(trainer, "depth_attention/query_norm")[-1][1] == pytest.approx(sum(norms) / 10)
+    assert logged(trainer, "depth_attention/max_query_norm")[-1][1] == pytest.approx(max(norms))
 
-    prompt = get_peft_model(
-        attnres_of(tiny_base("llama")), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
-    )
-    logged = train(prompt, tmp_path).state.log_history
-    assert [row["depth_attention/1-entropy"] for row in logged if "depth_attention/1-entropy" in row] == pytest.approx(
-        [0] * 4, abs=1e-6
-    )
+
+def test_with_virtual_tokens_before_those_of_the_batch(tmp_path):
+    prompt = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    trainer = train(get_peft_model(attnres_of(tiny_base("llama")), prompt), tmp_path)
+    assert [value for _, value in logged(trainer)] == pytest.approx([0] * 4, abs=1e-6)

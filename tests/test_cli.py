@@ -1,28 +1,20 @@
 """The `attnres` command as a user types it."""
 
 import json
-import os
 import re
 import resource
-import subprocess
 import sys
+from importlib.metadata import version
 
 import pytest
-from test_conversion import file_bytes, save_base
+from helpers import attnres, file_bytes, invoke_attnres, save_base
 
 
-# A terminal wide enough for a message, without colors in the midst of it
-ENVIRONMENT = {**os.environ, "COLUMNS": "100", "NO_COLOR": "1", "TERM": "dumb"}
 COMMANDS = ("retrofit", "verify", "revert", "inspect", "push")
-
-
-def attnres(*arguments, environment=ENVIRONMENT, command=("attnres",)):
-    return subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True, env=environment)
 
 
 def test_there_and_back(tmp_path):
     base = save_base(tmp_path / "base")
-    (base / "pytorch_model.bin").unlink()
     retrofit = attnres(
         *("retrofit", base, tmp_path / "attnres", "--type", "block", "--block-size", 2, "--scale", "sum"),
         *("--norm-eps", "1e-5", "--link"),
@@ -33,8 +25,8 @@ def test_there_and_back(tmp_path):
     config = json.loads((tmp_path / "attnres" / "config.json").read_text())
     assert config["attn_res_block_size"] == 2 and config["attn_res_norm_eps"] == 1e-5
 
-    verify = attnres("verify", base, tmp_path / "attnres")
-    assert verify.returncode == 0, verify.stderr
+    verify = invoke_attnres("verify", base, tmp_path / "attnres")
+    assert verify.exit_code == 0, verify.stderr
     numbers = re.search(r"^Same: largest difference (\S+), largest logit (\S+) \((\S+) of it, 1e-05", verify.stdout)
     difference, logit, ratio = map(float, numbers.groups())
     assert 0 < difference < 1e-5 * logit and ratio < 1e-5
@@ -49,7 +41,7 @@ def test_exits_with_1_and_one_line_where_something_is_wrong(tmp_path):
     base = save_base(tmp_path / "base")
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "file").write_text("")
-    mean = attnres("retrofit", base, tmp_path / "mean", "--scale", "mean")
+    mean = invoke_attnres("retrofit", base, tmp_path / "mean", "--scale", "mean")
     assert "With the scale 'mean' it differs from its base" in mean.stdout and "verify" not in mean.stdout
     for arguments, message in [
         (
@@ -61,24 +53,24 @@ def test_exits_with_1_and_one_line_where_something_is_wrong(tmp_path):
         (("verify", base, base), "is not an AttnRes checkpoint"),
         (("revert", base, tmp_path / "out"), "is not an AttnRes checkpoint"),
     ]:
-        result = attnres(*arguments)
+        result = invoke_attnres(*arguments)
         (error,) = [line for line in result.stderr.splitlines() if line.startswith("Error: ")]
-        assert result.returncode == 1 and message in error and "Traceback" not in result.stderr
-    different = attnres("verify", base, tmp_path / "mean")
-    assert different.returncode == 1 and different.stdout.startswith("Different: ")
+        assert result.exit_code == 1 and message in error
+    different = invoke_attnres("verify", base, tmp_path / "mean")
+    assert different.exit_code == 1 and different.stdout.startswith("Different: ")
     assert not (tmp_path / "out").exists()
 
 
 def test_an_unknown_value_is_a_usage_error(tmp_path):
-    result = attnres("retrofit", "a", "b", "--type", "blocks")
-    assert result.returncode == 2 and "'block', 'full'" in result.stderr
+    result = invoke_attnres("retrofit", "a", "b", "--type", "blocks")
+    assert result.exit_code == 2 and "'block', 'full'" in result.stderr
 
 
 @pytest.mark.parametrize("command", [(), *((command,) for command in COMMANDS)], ids=["attnres", *COMMANDS])
 def test_help_comes_at_once(command):
     """In under half a second of processor time, since the machine has other work too."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    result = attnres(*command, "--help", environment={**ENVIRONMENT, "COLUMNS": "80"})
+    result = attnres(*command, "--help", env={"COLUMNS": "80"})
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert result.returncode == 0 and "Example: attnres " in result.stdout
     assert max(map(len, result.stdout.splitlines())) <= 80
@@ -86,6 +78,6 @@ def test_help_comes_at_once(command):
 
 
 def test_version_and_completion():
-    assert re.fullmatch(r"modeling-attnres \d+\.\d+\.\d+\n", attnres("--version").stdout)
-    completion = {**ENVIRONMENT, "_ATTNRES_COMPLETE": "complete_bash", "COMP_WORDS": "attnres re", "COMP_CWORD": "1"}
-    assert attnres(environment=completion).stdout.split() == ["retrofit", "revert"]
+    assert attnres("--version").stdout == f"modeling-attnres {version('modeling-attnres')}\n"
+    completion = {"_ATTNRES_COMPLETE": "complete_bash", "COMP_WORDS": "attnres re", "COMP_CWORD": "1"}
+    assert attnres(env=completion).stdout.split() == ["retrofit", "revert"]

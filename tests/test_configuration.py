@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from conftest import AUTO_CLASSES, FAMILIES, tiny_base_config
+from helpers import AUTO_CLASSES, FAMILIES, tiny_base_config
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from modeling_attnres import AttnResConfig, AttnResForCausalLM
@@ -124,8 +124,6 @@ def test_default_block_size_gives_about_eight_blocks(layers, size):
         ({"attn_res_scale": "max"}, ["attn_res_scale", "'sum', 'mean'", "max"]),
         ({"attn_res_norm_eps": 0.0}, ["attn_res_norm_eps", "0.0", "between 0 and"]),
         ({"attn_res_norm_eps": float("nan")}, ["attn_res_norm_eps", "nan", "between 0 and"]),
-        ({"attn_res_norm_eps": float("inf")}, ["attn_res_norm_eps", "inf", "between 0 and"]),
-        ({"attn_res_temperature": 0.0}, ["attn_res_temperature", "0.0", "between 0 and"]),
         ({"attn_res_temperature": float("inf")}, ["attn_res_temperature", "inf", "between 0 and"]),
         ({"hidden_size": 30}, ["hidden size", "30"]),
         ({"hidden_size": "wide"}, ["hidden_size", "int", "wide"]),
@@ -151,9 +149,6 @@ def test_impossible_values_are_refused_when_set_or_saved(tmp_path):
     "overrides, words",
     [
         ({"attn_res_block_size": -1}, "attn_res_block_size.*-1"),
-        ({"attn_res_type": "blocks"}, "attn_res_type.*blocks"),
-        ({"attn_res_temperature": 0.0}, "attn_res_temperature.*0.0.*between 0 and"),
-        ({"attn_res_temperature": float("inf")}, "attn_res_temperature.*inf.*between 0 and"),
         ({"hidden_size": 30}, "(?i)hidden size.*30"),
     ],
 )

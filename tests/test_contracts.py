@@ -8,7 +8,7 @@ import types
 import pytest
 import torch
 import transformers
-from conftest import attnres_of, tiny_base
+from helpers import attnres_of, tiny_base
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING, LlamaConfig
 from transformers.models.llama import modeling_llama
 

@@ -6,126 +6,52 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
-import warnings
 
 import pytest
-from test_conversion import file_bytes, save_base, tensor_hashes
-from tqdm import tqdm
-from transformers import AutoModelForCausalLM
+from faults import FORK, at_call, count_calls, end_of, kill, start_child
+from helpers import file_bytes, save_base, tensor_hashes
 
-from modeling_attnres.conversion import retrofit, revert, verify
-
-
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks, mounts a small disk and reads /proc")
-
-# Calls into the operating system, from the first folder made on
-BOUNDARIES = {"mkdir", "open", "write", "sendfile", "__exit__", "chmod", "link", "rename", "unlink", "rmdir"}
+from modeling_attnres.conversion import retrofit, revert
 
 
-def start_child(function, *arguments):
-    """Runs it in a fork of this process."""
-    reader, writer = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        try:
-            warnings.simplefilter("ignore")
-            # tqdm's own lock is shared between forks: all would wait for a process that is killed with it
-            tqdm.set_lock(threading.RLock())
-            try:
-                answer = repr(function(*arguments))
-            except BaseException as error:  # noqa: BLE001  told to the parent
-                answer = f"{type(error).__name__}: {error}"
-            sys.setprofile(None)
-            os.write(writer, answer.encode()[:4000])
-        finally:
-            os._exit(0)
-    os.close(writer)
-    return pid, reader
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks processes and mounts a small disk")
 
 
-def end_of(child):
-    """The signal that ended it, or 0, and what it returned or raised."""
-    pid, reader = child
-    with os.fdopen(reader, "rb") as answers:
-        answer = answers.read().decode()
-    return os.waitpid(pid, 0)[1], answer
-
-
-def in_child(function, *arguments):
-    return end_of(start_child(function, *arguments))
-
-
-def at_boundary(number, fault, function, *arguments):
-    """Runs `function`, and `fault` before its n-th call into the operating system. Returns how many it made."""
-    calls = 0
-
-    def profile(frame, event, argument):
-        nonlocal calls
-        if event == "c_call" and argument.__name__ in BOUNDARIES and (calls or argument.__name__ == "mkdir"):
-            calls += 1
-            if calls == number:
-                sys.setprofile(None)
-                fault()
-                sys.setprofile(profile)
-
-    sys.setprofile(profile)
-    function(*arguments)
-    sys.setprofile(None)
-    return calls
-
-
-def kill():
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def linked(source, output):
+def linked_retrofit(source, output):
     return retrofit(source, output, link=True)
 
 
 class Work:
     """An operation with its source, its output, and the bytes that both have to have."""
 
-    def __init__(self, folder, operation=retrofit, **base):
+    def __init__(self, folder, operation):
         self.folder, self.operation = folder, operation
         self.source, self.output = folder / "source", folder / "output"
-        folder.mkdir()
-        save_base(self.source, num_hidden_layers=2, **base)
-        (self.source / "pytorch_model.bin").unlink()
+        base = save_base(folder / "base", sharded=True, num_hidden_layers=2)
         if operation is revert:
-            retrofit(self.source, folder / "attnres")
-            shutil.rmtree(self.source)
-            (folder / "attnres").rename(self.source)
-        self.before = file_bytes(self.source)
-        # Also imports whatever the children would import
-        operation(self.source, self.output)
-        AutoModelForCausalLM.from_pretrained(self.output)
-        if operation is not revert:
-            assert verify(self.source, self.output).passed
+            retrofit(base, self.source)
+            shutil.rmtree(base)
+        else:
+            base.rename(self.source)
+        self.before, self.tensors = file_bytes(self.source), tensor_hashes(self.source)
+        # Also imports what the children would import
+        self.run()
         self.expected = file_bytes(self.output)
         shutil.rmtree(self.output)
 
     def run(self):
         self.operation(self.source, self.output)
 
-    def check(self, killed=False):
-        """All or nothing. Returns whether it was all."""
+    def take_output(self, killed=False):
+        """Checks that there is a whole output or none, removes it, and returns whether there was one."""
         assert file_bytes(self.source) == self.before, "the source is unchanged"
         names = {path.name for path in self.folder.iterdir() if not (killed and path.name.endswith(".partial"))}
         assert names in ({"source"}, {"source", "output"})
-        if done := "output" in names:
+        if is_whole := "output" in names:
             assert file_bytes(self.output) == self.expected
             shutil.rmtree(self.output)
-        return done
-
-    def run_again(self):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            self.run()
-        assert self.check(killed=True)
-        for partial in self.folder.glob(".output.*.partial"):
-            shutil.rmtree(partial)
+        return is_whole
 
     def put_back_source(self):
         shutil.rmtree(self.source, ignore_errors=True)
@@ -134,117 +60,72 @@ class Work:
             (self.source / name).write_bytes(content)
 
 
-@pytest.fixture(params=[retrofit, revert], ids=["retrofit", "revert"])
+@pytest.fixture(params=[retrofit, linked_retrofit, revert])
 def work(request, tmp_path):
-    return Work(tmp_path / "work", request.param, sharded=True)
+    return Work(tmp_path, request.param)
 
 
-def kill_at_every_boundary(work, every=1):
-    """Each run also shows that what the killed ones left is in nobody's way."""
-    signals, number, finished = [signal.SIGKILL], 0, 0
-    while signals[-1] == signal.SIGKILL:
-        number += every
-        signals.append(in_child(at_boundary, number, kill, work.run)[0])
-        finished += work.check(killed=True)
-    assert signals[-1] == 0 and finished >= 1, "the last one came through"
-    work.run_again()
-    return number - every
-
-
-def test_killed_at_the_boundaries(work):
-    assert kill_at_every_boundary(work, every=9) > 50
-
-
-def kill_at_random_moments(work, count, seed=0):
-    """Returns how many of the killed runs had got as far as an output."""
-    start = time.perf_counter()
-    assert in_child(work.run) == (0, "None")
-    duration = time.perf_counter() - start
-    assert work.check()
-    moments, finished = random.Random(seed), 0
-    for _ in range(count):
-        child = start_child(work.run)
-        time.sleep(moments.uniform(0, 1.1 * duration))
-        os.kill(child[0], signal.SIGKILL)
-        end_of(child)
-        finished += work.check(killed=True)
-    work.run_again()
-    return finished
-
-
-def test_killed_at_random_moments(work):
-    kill_at_random_moments(work, 10)
-
-
-def test_what_a_killed_run_left_is_pointed_out(tmp_path):
-    work = Work(tmp_path / "work")
-    in_child(at_boundary, 10, kill, work.run)
+def test_killed_before_any_call(work, thorough):
+    """The remains of one killed run do not disturb the next."""
+    count = count_calls(work.run)
+    assert count > 50 and work.take_output()
+    for number in range(1, count + 1, 1 if thorough else 9):
+        assert at_call(number, kill, work.run) == signal.SIGKILL
+        work.take_output(killed=True)
     with pytest.warns(UserWarning, match=r"\.output\..*\.partial is from a killed run"):
         work.run()
+    assert work.take_output(killed=True)
 
 
-def fault_at_every_boundary(work, fault, errors, every=1):
-    """Returns how many runs failed; the others had read what they needed."""
-    boundaries = int(in_child(at_boundary, 0, None, work.run)[1])
-    assert work.check()
-    failed = 0
-    for number in range(1, boundaries + 1, every):
-        _, answer = in_child(at_boundary, number, fault, work.run)
-        work.put_back_source()
-        done = work.check()
-        assert done == answer.isdecimal() and (done or answer.startswith(errors)), answer
-        failed += not done
-    return failed
+def test_killed_at_a_random_moment(work, thorough):
+    start = time.perf_counter()
+    assert end_of(start_child(work.run)) is None and work.take_output()
+    duration, moments = time.perf_counter() - start, random.Random(0)
+    for _ in range(60 if thorough else 10):
+        child = start_child(work.run)
+        time.sleep(moments.uniform(0, 1.1 * duration))
+        child[0].kill()
+        end_of(child)
+        work.take_output(killed=True)
 
 
-VANISHED = ("FileNotFoundError", "ValueError: ")
+def remove(source):
+    shutil.rmtree(source)
 
 
-def test_the_source_vanishes(work):
-    def vanish():
-        shutil.rmtree(work.source)
-
-    assert fault_at_every_boundary(work, vanish, VANISHED, every=9) > 2
+def truncate(source):
+    for shard in source.glob("*.safetensors"):
+        os.truncate(shard, shard.stat().st_size - 8)
 
 
-def test_the_source_is_cut_short_meanwhile(work):
-    def cut():
-        for shard in work.source.glob("*.safetensors"):
-            os.truncate(shard, shard.stat().st_size - 8)
+def save_over(source):
+    """Each shard is replaced by one of the same size with other values, as saving does."""
+    for shard in source.glob("*.safetensors"):
+        content = shard.read_bytes()
+        shard.with_suffix(".new").write_bytes(content[:-1] + b"\x7f")
+        shard.with_suffix(".new").replace(shard)
 
-    assert fault_at_every_boundary(work, cut, ("ValueError",), every=5) > 0
 
-
-@pytest.mark.parametrize("operation", [retrofit, linked, revert])
-def test_the_source_is_written_to_meanwhile(operation, tmp_path):
-    """All of it, with other bytes, as many as before: files of two versions would fit together."""
-    work = Work(tmp_path / "work", operation, sharded=True)
-    originals = tensor_hashes(work.source)
-
-    def write():
-        for shard in work.source.glob("*.safetensors"):
-            # As saving does: another file by that name
-            shutil.copy(shard, shard.with_suffix(".new"))
-            with shard.with_suffix(".new").open("r+b") as file:
-                file.seek(-1, os.SEEK_END)
-                file.write(b"\x7f")
-            shard.with_suffix(".new").replace(shard)
-
-    boundaries = int(in_child(at_boundary, 0, None, work.run)[1])
-    assert work.check()
-    answers = []
-    for number in range(1, boundaries, 5):
-        answers.append(in_child(at_boundary, number, write, work.run)[1])
-        if work.output.exists():
-            hashes, changed = tensor_hashes(work.output), tensor_hashes(work.source)
-            assert answers[-1].isdecimal()
-            assert any(all(hashes.get(n, v) == v for n, v in version.items()) for version in (originals, changed))
+@pytest.mark.parametrize("change, step", [(remove, 9), (truncate, 5), (save_over, 5)])
+def test_the_source_changes_meanwhile(change, step, work, thorough):
+    """Before any call: an output with the tensors of one version, or an error and no output."""
+    if work.operation is linked_retrofit and change is truncate:
+        pytest.skip("a linked output shrinks with its source")
+    count, errors = count_calls(work.run), []
+    assert work.take_output()
+    for number in range(1, count + 1, 1 if thorough else step):
+        error = at_call(number, lambda: change(work.source), work.run)
+        if error is not None:
+            assert isinstance(error, (ValueError, OSError) if change is remove else ValueError), error
+            assert change is not save_over or "changed while it was copied" in str(error)
+            errors.append(error)
+        elif change is save_over:
+            output, versions = tensor_hashes(work.output), (work.tensors, tensor_hashes(work.source))
+            assert any(all(output.get(n, h) == h for n, h in version.items()) for version in versions)
             shutil.rmtree(work.output)
-        else:
-            assert answers[-1].startswith("ValueError") and "changed while it was copied" in answers[-1]
         work.put_back_source()
-        assert work.check() is False
-    assert any(answer.startswith("ValueError") for answer in answers)
+        assert work.take_output() == (error is None and change is not save_over)
+    assert errors
 
 
 @pytest.fixture
@@ -258,55 +139,36 @@ def disk(tmp_path):
     subprocess.run(["umount", tmp_path / "disk"], check=True)
 
 
-def remount(disk, options):
-    subprocess.run(["mount", "-o", f"remount,{options}", disk], check=True)
-
-
-def test_the_disk_is_full(work, disk):
+@pytest.mark.parametrize("operation", [retrofit, revert])
+def test_the_disk_is_read_only_or_full(operation, disk, tmp_path):
     """From no room at all to enough: an error, and the disk as empty as before."""
-    errors = 0
-    for pages in range(1, 400, 2):
-        remount(disk, f"size={pages * 4}k")
-        try:
-            work.operation(work.source, disk / "output")
-        except OSError as error:
-            assert "No space left on device" in str(error)
-            assert not any(disk.iterdir())
-            errors += 1
-        else:
-            break
-        assert file_bytes(work.source) == work.before
-    assert errors >= 5 and file_bytes(disk / "output") == work.expected
 
+    def remount(options):
+        subprocess.run(["mount", "-o", f"remount,{options}", disk], check=True)
 
-def test_the_disk_is_read_only(work, disk):
-    remount(disk, "ro")
+    work, errors = Work(tmp_path / "work", operation), 0
+    remount("ro")
     with pytest.raises(OSError, match="Read-only file system.*disk"):
-        work.operation(work.source, disk / "output")
-    remount(disk, "rw,size=8m")
-    work.operation(work.source, disk / "output")
-    assert file_bytes(disk / "output") == work.expected and file_bytes(work.source) == work.before
+        operation(work.source, disk / "output")
+    for pages in range(1, 400, 2):
+        remount(f"rw,size={pages * 4}k")
+        try:
+            operation(work.source, disk / "output")
+            break
+        except OSError as error:
+            assert "No space left on device" in str(error) and not any(disk.iterdir())
+            errors += 1
+    assert errors >= 5 and file_bytes(disk / "output") == work.expected and file_bytes(work.source) == work.before
 
 
-def race(work, runs=2):
-    """Several at once into one output. Returns what each said."""
-    reader, writer = os.pipe()
-
-    def run():
-        os.close(writer)
-        # All wait until nobody holds the other end any more
-        os.read(reader, 1)
+def test_of_several_runs_at_once_one_wins_and_the_others_say_so(work):
+    def run(barrier):
+        barrier.wait()
         work.run()
-        return "won"
 
-    children = [start_child(run) for _ in range(runs)]
-    os.close(writer)
-    os.close(reader)
-    return [end_of(child)[1] for child in children]
-
-
-def test_of_two_at_once_one_wins_and_the_other_says_so(work):
     for _ in range(6):
-        answers = sorted(race(work), reverse=True)
-        assert answers[0].startswith(("FileExistsError: The output", "OSError: ")) and answers[1] == "'won'", answers
-        assert work.check(), "and nothing is left of the loser"
+        barrier = FORK.Barrier(3)
+        children = [start_child(run, barrier) for _ in range(3)]
+        errors = [error for error in map(end_of, children) if error is not None]
+        assert len(errors) == 2 and all(isinstance(error, OSError) for error in errors)
+        assert work.take_output(), "and nothing is left of the losers"

@@ -1,14 +1,12 @@
 """The implementations of depth attention against fla's reference and a float64 formula, in value and derivatives."""
 
 import shutil
-import subprocess
-import sys
 
 import pytest
+import reference
 import torch
 from fla.ops.attnres import naive_attnres
-from torch.autograd import forward_ad
-from torch.autograd.graph import saved_tensors_hooks
+from helpers import run_python
 
 from modeling_attnres import AttnResConfig, DepthAttention
 from modeling_attnres.depth_attention import ATTN_RES_IMPLEMENTATIONS
@@ -32,12 +30,7 @@ def inputs(num_sources, dtype=torch.float32, shape=(2, 5, 16), seed=0):
 
 
 def formula(query, key_norm, *sources, scale):
-    """DESIGN §1, written out in float64."""
-    query, key_norm, *sources = (tensor.double() for tensor in (query, key_norm, *sources))
-    logits = [(query * key_norm * v / (v.pow(2).mean(-1, keepdim=True) + EPS).sqrt()).sum(-1) for v in sources]
-    weights = torch.stack(logits).softmax(0)
-    s = len(sources) if scale == "sum" else 1
-    return s * sum(w.unsqueeze(-1) * v for w, v in zip(weights, sources))
+    return reference.depth_attention(query, key_norm, sources, scale, EPS)
 
 
 def assert_gradients_are_the_formulas(output, tensors, scale, tolerance=1e-5):
@@ -95,13 +88,7 @@ def test_float64_is_kept_and_passes_gradcheck(scale, attend):
     assert torch.autograd.gradgradcheck(operator, tensors, check_fwd_over_rev=True, check_rev_over_rev=True)
 
 
-# All ways to derivatives beyond a plain backward pass, of a loss of a tuple of tensors
-def second_derivatives(loss, tensors):
-    tensors = [tensor.clone().requires_grad_() for tensor in tensors]
-    gradients = torch.autograd.grad(loss(*tensors), tensors, create_graph=True)
-    return torch.autograd.grad(sum(gradient.square().sum() for gradient in gradients), tensors)
-
-
+# Ways to derivatives of a loss of a tuple of tensors that `gradcheck` does not try
 def second_derivatives_by_backward_of_some_inputs(loss, tensors):
     tensors = [tensor.clone().requires_grad_() for tensor in tensors]
     gradients = torch.autograd.grad(loss(*tensors), tensors, create_graph=True)
@@ -113,10 +100,6 @@ def second_derivatives_by_functional_gradients(loss, tensors):
     all_of_them = tuple(range(len(tensors)))
     gradients = torch.func.grad(loss, all_of_them)
     return torch.func.grad(lambda *tensors: sum(g.square().sum() for g in gradients(*tensors)), all_of_them)(*tensors)
-
-
-def hessian_vector_product(loss, tensors):
-    return torch.autograd.functional.hvp(loss, tuple(tensors), tuple(tensors))[1]
 
 
 def hessian_vector_product_forward_over_reverse(loss, tensors):
@@ -137,17 +120,6 @@ def gradients_for_each_query(loss, tensors):
     return torch.func.vmap(torch.func.grad(loss), in_dims)(torch.stack([query, -query]), *others)
 
 
-def several_gradients_at_once(loss, tensors):
-    tensors = [tensor.clone().requires_grad_() for tensor in tensors]
-    return torch.autograd.grad(loss(*tensors), tensors, torch.tensor([1.0, 2.0]).double(), is_grads_batched=True)
-
-
-def forward_mode(loss, tensors):
-    with forward_ad.dual_level():
-        duals = [forward_ad.make_dual(tensor, tensor) for tensor in tensors]
-        return forward_ad.unpack_dual(loss(*duals)).tangent
-
-
 def forward_mode_twice(loss, tensors):
     query, *others = tensors
     first = lambda query: torch.func.jvp(lambda query: loss(query, *others), (query,), (query,))[1]  # noqa: E731
@@ -162,15 +134,11 @@ def as_tuple(tensors):
 @pytest.mark.parametrize(
     "derivatives",
     [
-        second_derivatives,
         second_derivatives_by_backward_of_some_inputs,
         second_derivatives_by_functional_gradients,
-        hessian_vector_product,
         hessian_vector_product_forward_over_reverse,
         gradients_of_each_example,
         gradients_for_each_query,
-        several_gradients_at_once,
-        forward_mode,
         forward_mode_twice,
     ],
 )
@@ -203,33 +171,10 @@ def test_autocast_changes_nothing(attend):
 
 @each_implementation
 def test_zero_query_gives_the_plain_sum(attend):
-    """What makes a retrofit exact: weights of 1, whatever the number of sources, the norm and its eps."""
-    for num_sources in range(1, 200):
-        weights = torch.zeros(num_sources).softmax(0) * num_sources
-        assert torch.equal(weights, torch.ones(num_sources)) or (weights - 1).abs().max() < 1.2e-7
+    """What makes a retrofit exact: weights of 1, whatever the norm and its eps."""
     _, key_norm, *sources = (tensor.detach() for tensor in inputs(7))
     output = attend(torch.zeros(16), key_norm, tuple(sources), "sum", 1.0)
     torch.testing.assert_close(output, sum(sources), rtol=2e-7, atol=0)
-
-
-@each_implementation
-def test_zero_query_gets_its_full_gradient(attend):
-    query, key_norm, *sources = inputs(3)
-    query = torch.zeros_like(query, requires_grad=True)
-    attend(query, key_norm, tuple(sources), "sum", EPS).sum().backward()
-    assert query.grad.abs().min() > 0
-    # The key norm has none while the query is zero: it only scales the query
-    assert key_norm.grad.abs().max() == 0
-
-
-def test_streaming_keeps_no_copy_of_the_sources():
-    query, key_norm, *sources = inputs(6, shape=(4, 32, 64))
-    kept = {}
-    with saved_tensors_hooks(lambda tensor: kept.setdefault(tensor.data_ptr(), tensor), lambda tensor: tensor):
-        ATTN_RES_IMPLEMENTATIONS["streaming"](query, key_norm, tuple(sources), "sum", EPS)
-    own = {tensor.data_ptr() for tensor in (query, key_norm, *sources)}
-    # Two numbers for each token and source
-    assert sum(tensor.numel() for pointer, tensor in kept.items() if pointer not in own) == 2 * 6 * 4 * 32
 
 
 @both_scales
@@ -269,18 +214,17 @@ def test_compiles_for_any_number_of_tokens(attend, gradients):
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch compiles by a C++ compiler")
-def test_compiled_computes_the_formula():
+def test_compiled_computes_the_formula(monkeypatch):
     """For more numbers of sources than torch compiles by itself, and for another number of tokens."""
     module = DepthAttention(AttnResConfig(hidden_size=64, attn_res_implementation="compiled"))
     torch._dynamo.reset()
-    counts = [*((count, 8) for count in range(2, 11)), (3, 9)]
-    for count, tokens in counts:
+    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
+    for count, tokens in [*((count, 8) for count in range(2, 11)), (3, 9)]:
         query, key_norm, *sources = tensors = inputs(count, shape=(2, tokens, 64))
         module.query, module.key_norm = torch.nn.Parameter(query.detach()), torch.nn.Parameter(key_norm.detach())
         output, expected = module(*sources), formula(*tensors, scale="sum")
         assert (output - expected).abs().max() < 1e-5 * expected.abs().max()
         assert_gradients_are_the_formulas(output, [module.query, module.key_norm, *sources], "sum", tolerance=1e-4)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= len(counts), "each of them is compiled"
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="fla's kernel runs on a CUDA device")
@@ -313,9 +257,11 @@ import sys
 sys.modules["fla.ops.attnres"] = None  # as in an fla older than 0.6
 import torch
 from modeling_attnres.depth_attention import fla_depth_attention
-fla_depth_attention(torch.zeros(8), torch.ones(8), [torch.ones(2, 8)], "sum", 1e-6)
+try:
+    fla_depth_attention(torch.zeros(8), torch.ones(8), [torch.ones(2, 8)], "sum", 1e-6)
+except ImportError as error:
+    print(error)
 """
-    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    message = process.stderr.splitlines()[-1]
-    assert message.startswith("ImportError: `attn_res_implementation` is 'fla'")
+    message = run_python(code)
+    assert message.startswith("`attn_res_implementation` is 'fla'")
     assert "pip install -U flash-linear-attention" in message

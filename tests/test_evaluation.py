@@ -4,8 +4,7 @@ import json
 
 import pytest
 import yaml
-from conftest import randomize_depth_attention
-from test_examples import run
+from helpers import randomize_depth_attention, run_example
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modeling_attnres.conversion import retrofit
@@ -32,7 +31,7 @@ def tasks(tmp_path):
     task_file(bigbench, "few", count=29)
     task_file(bigbench, "excluded")
     task_file(bigbench, "long", task_prefix="x" * 400)  # three times, once for each choice
-    run("experiments/evaluation/bigbench_tasks.py", bigbench, tmp_path / "tasks", "--exclude", "ex*")
+    run_example("experiments/evaluation/bigbench_tasks.py", bigbench, tmp_path / "tasks", "--exclude", "ex*")
     return tmp_path / "tasks"
 
 
@@ -58,7 +57,7 @@ def test_a_retrofit_chooses_as_its_base_does(tasks, smollm2_folder, tmp_path):
     trained.save_pretrained(tmp_path / "trained")
     AutoTokenizer.from_pretrained(attnres).save_pretrained(tmp_path / "trained")
     options = ("--include", tasks, "--tasks", "bigbench", "--limit", 6, "--output", tmp_path / "figures.json")
-    output = run("experiments/evaluation/evaluate.py", smollm2_folder, attnres, tmp_path / "trained", *options)
+    output = run_example("experiments/evaluation/evaluate.py", smollm2_folder, attnres, tmp_path / "trained", *options)
     assert f"{attnres} chooses as {smollm2_folder} does on 12 of 12 questions." in output
     same = int(output.split(f"{tmp_path / 'trained'} chooses as {smollm2_folder} does on ")[1].split()[0])
     assert same < 12

@@ -1,21 +1,18 @@
-"""The examples run as commands, on small models and few steps."""
+"""The examples on small models and few steps."""
 
 import copy
 import json
 import re
-import runpy
 import shutil
-import subprocess
 import sys
 from importlib.metadata import version
-from pathlib import Path
 from types import SimpleNamespace
 
 import continue_training
 import finetune_lora
 import pytest
 import torch
-from conftest import attnres_of, randomize_depth_attention, tiny_base
+from helpers import EXAMPLES, attnres_of, run, run_example, tiny_base, trained
 from peft import PeftModel
 from text import token_blocks
 from train_base import train_tokenizer
@@ -24,24 +21,32 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from modeling_attnres.conversion import retrofit
 
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
-SOAK = Path(__file__).with_name("soak.py")
-SHORT = ("--max_length", 64, "--report_to", "none", "--bf16", "false")
+SCRIPTS = [
+    path.relative_to(EXAMPLES)
+    for path in sorted(EXAMPLES.rglob("*.py"))
+    if "__main__" in path.read_text() and re.search(r"\.parse_args|parse_and_load", path.read_text())
+]
+SHORT = ("--max_length", 64, "--report_to", "none", "--bf16", "false", "--use_cpu", "true")
+SMALL = ("--hidden-size", 64, "--layers", 3, "--vocab-size", 400)
 
 
-def run(script, *arguments):
-    process = subprocess.run(
-        [sys.executable, EXAMPLES / script, *map(str, arguments)], capture_output=True, text=True, check=False
-    )
-    assert process.returncode == 0, process.stderr
-    return process.stdout
+@pytest.fixture(scope="module")
+def files(real_text, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("texts")
+    for number in range(12):
+        (folder / f"{number}.txt").write_text(real_text)
+    return sorted(folder.iterdir())
 
 
-def texts(folder, real_text):
-    files = [folder / f"{number}.txt" for number in range(12)]
-    for file in files:
-        file.write_text(real_text)
-    return files
+@pytest.fixture(scope="module")
+def base_folder(files, tmp_path_factory):
+    """A base that train_base.py has trained, which has to learn."""
+    folder = tmp_path_factory.mktemp("base") / "base"
+    output = run_example("experiments/train_base.py", folder, "--files", *files, "--steps", 8, *SMALL)
+    assert "million parameters" in output
+    before, after = (float(word) for word in output.split("held-out text: ")[1].split()[:3:2])
+    assert after < before - 0.2
+    return folder
 
 
 def test_blocks_of_any_number_of_texts(tmp_path):
@@ -64,36 +69,25 @@ def test_blocks_of_any_number_of_texts(tmp_path):
         token_blocks(files[:1], tokenizer, 400)
 
 
-@pytest.mark.parametrize("script", [*sorted(EXAMPLES.rglob("*.py")), SOAK], ids=lambda path: path.name)
-def test_help(script, monkeypatch, capsys):
-    if "__main__" not in script.read_text():
-        pytest.skip("is a module")
-    if not re.search(r"\.parse_args|parse_and_load", script.read_text()):
-        pytest.skip("takes no arguments")
-    monkeypatch.setattr(sys, "argv", [str(script), "--help"])
-    monkeypatch.syspath_prepend(script.parent)
+@pytest.mark.parametrize("script", SCRIPTS, ids=str)
+def test_help(script, capsys):
     try:
         with pytest.raises(SystemExit) as end:
-            runpy.run_path(str(script), run_name="__main__")
+            run_example(script, "--help")
     except ImportError as error:
         pytest.skip(f"needs {error.name}")
-    assert end.value.code == 0 and "usage:" in capsys.readouterr().out
+    assert end.value.code == 0
 
 
-def test_quickstart(smollm2_folder, real_text, tmp_path):
-    files = texts(tmp_path, real_text[:6000])
+def test_quickstart(smollm2_folder, files, tmp_path):
     (tmp_path / "base").symlink_to(smollm2_folder)
-    output = run("quickstart.py", "--folder", tmp_path, "--steps", 1, "--files", *files)
+    command = (sys.executable, EXAMPLES / "quickstart.py", "--folder", tmp_path, "--steps", 1, "--files", files[0])
+    output = run(*command)
     base, attnres = (output.split(f"{name}: ")[1].splitlines()[0].strip() for name in ("base", "AttnRes"))
     assert base == attnres and "Paris" in base
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "trained")
     assert model.config.model_type == "attnres"
     assert all((layer.mlp_res.query != 0).any() for layer in model.model.layers)
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return train_tokenizer([__file__], vocab_size=300)
 
 
 def save(folder, *parts):
@@ -156,7 +150,7 @@ def test_only_the_replies_of_a_chat_have_a_loss(script, tokenizer, tmp_path):
     chat = [{"role": "user", "content": "One?"}, {"role": "assistant", "content": "Two."}]
     (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": chat}))
     options = ("--model", tmp_path / "attnres", "--data", tmp_path / "chat.jsonl", "--output_dir", tmp_path / "trained")
-    run(script, *options, *SHORT, "--max_steps", 1, "--logging_steps", 1, "--save_steps", 1)
+    run_example(script, *options, *SHORT, "--max_steps", 1, "--logging_steps", 1, "--save_steps", 1)
 
     prompt, text = "<user>One?\n<assistant>", "<user>One?\n<assistant>Two.\n"
     labels = tokenizer(text, return_tensors="pt")["input_ids"]
@@ -169,24 +163,18 @@ def test_only_the_replies_of_a_chat_have_a_loss(script, tokenizer, tmp_path):
     assert losses == [pytest.approx(expected, abs=1e-4)]
 
 
-def test_train_a_base_retrofit_it_train_it_and_chat(real_text, tmp_path):
-    files = texts(tmp_path, real_text)
-    small = ("--hidden-size", 64, "--layers", 3, "--vocab-size", 400)
-    output = run("experiments/train_base.py", tmp_path / "base", "--files", *files, "--steps", 8, *small)
-    assert "million parameters" in output
-    before, after = (float(word) for word in output.split("held-out text: ")[1].split()[:3:2])
-    assert after < before - 0.2
-
-    retrofit(tmp_path / "base", tmp_path / "attnres")
+def test_retrofit_train_and_chat(base_folder, files, tmp_path):
+    retrofit(base_folder, tmp_path / "attnres")
     options = ("--model", tmp_path / "attnres", "--data", *files, *SHORT, "--max_steps", 1)
-    run("continue_training.py", *options, "--output_dir", tmp_path / "trained", "--attn_res_learning_rate", 5e-4)
-    trained = AutoModelForCausalLM.from_pretrained(tmp_path / "trained")
-    assert trained.config.model_type == "attnres"
+    rates = ("--attn_res_learning_rate", 5e-4)
+    run_example("continue_training.py", *options, "--output_dir", tmp_path / "trained", *rates)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "trained")
+    assert model.config.model_type == "attnres"
     # One step of Adam, as long as the learning rate
-    assert trained.model.layers[-1].output_res.query.abs().max().item() == pytest.approx(5e-4, rel=1e-2)
+    assert model.model.layers[-1].output_res.query.abs().max().item() == pytest.approx(5e-4, rel=1e-2)
 
     for option, num_trained in (("--attn_res_only=true", 6 * 2 * 64), ("--rank=2", None)):
-        output = run("finetune_lora.py", *options, "--output_dir", tmp_path / "adapter", option)
+        output = run_example("finetune_lora.py", *options, "--output_dir", tmp_path / "adapter", option)
         assert num_trained is None or f"trainable params: {num_trained} " in output
         adapted = PeftModel.from_pretrained(
             AutoModelForCausalLM.from_pretrained(tmp_path / "attnres"), tmp_path / "adapter"
@@ -196,19 +184,16 @@ def test_train_a_base_retrofit_it_train_it_and_chat(real_text, tmp_path):
         assert (adapted.merge_and_unload().model.layers[-1].output_res.query != 0).any()
 
     inputs = AutoTokenizer.from_pretrained(tmp_path / "trained")("import", return_tensors="pt")
-    tokens = trained.generate(**inputs, max_new_tokens=5, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    tokens = model.generate(**inputs, max_new_tokens=5, do_sample=False)[0, inputs["input_ids"].shape[1] :]
     expected = AutoTokenizer.from_pretrained(tmp_path / "trained").decode(tokens)
-    assert run("chat.py", tmp_path / "trained", "import", "--max-new-tokens", 5).strip() == expected.strip()
+    assert run_example("chat.py", tmp_path / "trained", "import", "--max-new-tokens", 5).strip() == expected.strip()
 
 
-def test_compare_training(real_text, tmp_path):
-    files = texts(tmp_path, real_text)
-    small = ("--hidden-size", 64, "--layers", 3, "--vocab-size", 400)
-    run("experiments/train_base.py", tmp_path / "base", "--files", *files, "--steps", 2, *small)
+def test_compare_training(base_folder, files, tmp_path):
     arguments = ("--files", *files, "--steps", 2)
     compared = (*arguments, "--eval-steps", 1, "--eval-blocks", 4, "--rates", 1e-3, "--attn-res-rates", 5e-4)
     compared += ("--save", tmp_path / "models", "--output", tmp_path / "compared.jsonl")
-    run("experiments/compare_training.py", tmp_path / "base", *compared)
+    run_example("experiments/compare_training.py", base_folder, *compared)
     rows = [json.loads(line) for line in (tmp_path / "compared.jsonl").read_text().splitlines()]
     assert [row["arm"] for row in rows] == ["base", "attnres", "attnres-only", "lora", "lora-attnres"]
     first, _, last = ([row["losses"][i]["loss"] for row in rows] for i in range(3))
@@ -219,26 +204,25 @@ def test_compare_training(real_text, tmp_path):
         assert (model.model.layers[-1].output_res.query != 0).any()
         before, after = (
             AutoModelForCausalLM.from_pretrained(folder).model.layers[0].mlp.up_proj.weight
-            for folder in (tmp_path / "base", model.name_or_path)
+            for folder in (base_folder, model.name_or_path)
         )
         assert torch.equal(before, after) == (arm == "attnres-only")
 
     # One learning rate for all parameters, and SGD, for which a step of this learning rate is tiny
     plain = (*arguments, "--eval-steps", 1, "--eval-blocks", 4, "--rates", 1e-6, "--optim", "sgd", "--arms", "attnres")
-    run("experiments/compare_training.py", tmp_path / "base", *plain, "--output", tmp_path / "plain.jsonl")
+    run_example("experiments/compare_training.py", base_folder, *plain, "--output", tmp_path / "plain.jsonl")
     row = json.loads((tmp_path / "plain.jsonl").read_text())
     assert row["optim"] == "sgd" and row["losses"][-1]["loss"] == pytest.approx(first[0], abs=1e-4)
 
 
-def test_from_scratch_with_tensorboard_and_resumed(real_text, tmp_path):
-    files = texts(tmp_path, real_text)
-    small = ("--layers", 2, "--hidden-size", 64, "--vocab-size", 400)
-    run("experiments/train_base.py", tmp_path / "scratch", "--files", *files, "--steps", 2, *small, "--attnres", "full")
+def test_from_scratch_with_tensorboard_and_resumed(files, tmp_path):
+    scratch = ("--files", *files, "--steps", 2, *SMALL, "--attnres", "full")
+    run_example("experiments/train_base.py", tmp_path / "scratch", *scratch)
     config = json.loads((tmp_path / "scratch" / "config.json").read_text())
     assert (config["attn_res_type"], config["attn_res_scale"]) == ("full", "mean")
     options = ("--model", tmp_path / "scratch", "--data", *files, *SHORT, "--max_steps", 4, "--logging_steps", 1)
     options += ("--save_steps", 2, "--output_dir", tmp_path / "trained", "--report_to", "tensorboard")
-    run("continue_training.py", *options)
+    run_example("continue_training.py", *options)
     events = b"".join(path.read_bytes() for path in tmp_path.rglob("events.out.tfevents.*"))
     assert b"train/loss" in events and b"train/depth_attention/1-entropy" in events
 
@@ -247,11 +231,11 @@ def test_from_scratch_with_tensorboard_and_resumed(real_text, tmp_path):
     (tmp_path / "trained" / "checkpoint-4" / "trainer_state.json").unlink()
     (tmp_path / "trained" / "checkpoint-4" / "optimizer.pt").unlink()
     (tmp_path / "trained" / "model.safetensors").unlink()
-    run("continue_training.py", *options, "--resume", "true")
+    run_example("continue_training.py", *options, "--resume", "true")
     assert (tmp_path / "trained" / "model.safetensors").read_bytes() == weights
     # The state of a run that was killed before its first checkpoint
     shutil.rmtree(tmp_path / "trained")
-    run("continue_training.py", *options, "--resume", "true")
+    run_example("continue_training.py", *options, "--resume", "true")
     assert (tmp_path / "trained" / "model.safetensors").read_bytes() == weights
 
 
@@ -262,7 +246,7 @@ def pretrain(folder, *options):
     (folder / "packages.txt").write_text("\n# held out\n".join(packages))
     small = ("--layers", 2, "--vocab-size", 400, "--batch-size", 2, "--block-length", 64, "--eval-blocks", 2)
     small += ("--widths", 16, "--tokens-per-parameter", 0.45, "--packages", folder / "packages.txt", "--rates", 1e-3)
-    run("experiments/pretrain.py", folder, *small, "--output", folder / "losses.jsonl", *options)
+    run_example("experiments/pretrain.py", folder, *small, "--output", folder / "losses.jsonl", *options)
     rows = [json.loads(line) for line in (folder / "losses.jsonl").read_text().splitlines()]
     return {
         (row["arm"], row["seed"], row["length"]): {point["step"]: point["loss"] for point in row["losses"]}
@@ -299,7 +283,7 @@ def test_pretrain(tmp_path):
     assert pretrain(tmp_path / "runs", *queue) == losses
 
     picture = tmp_path / "plot" / "losses.png"
-    table = run("experiments/plot_pretrain.py", output, "--output", picture)
+    table = run_example("experiments/plot_pretrain.py", output, "--output", picture)
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert f"| {(last[0] + last[1]) / 2:.4f} ({min(last[:2]):.4f} to {max(last[:2]):.4f}) |" in table
 
@@ -307,7 +291,9 @@ def test_pretrain(tmp_path):
 def test_retrofits_before_and_after_the_decay(tmp_path):
     pretrain(tmp_path, "--arms", "base", "--lengths", 0.8, 1, "--seeds", 0)
     output = tmp_path / "retrofits.jsonl"
-    run("experiments/retrofit_schedule.py", tmp_path, tmp_path / "losses.jsonl", "--output", output, "--factors", 1)
+    run_example(
+        "experiments/retrofit_schedule.py", tmp_path, tmp_path / "losses.jsonl", "--output", output, "--factors", 1
+    )
     rows = {row["arm"]: row["losses"] for row in map(json.loads, output.read_text().splitlines())}
     first, last = ({arm: losses[i]["loss"] for arm, losses in rows.items()} for i in (0, -1))
     assert first["plateau"] == pytest.approx(first["base"], abs=1e-5), "a retrofit starts as its base"
@@ -399,7 +385,7 @@ def test_which_queries():
     from which_queries import loss_with
 
     base = tiny_base("llama")
-    model = randomize_depth_attention(attnres_of(base))
+    model = trained(base)
     rows = torch.randint(1, 99, (3, 12), generator=torch.Generator().manual_seed(0))
     names = {name.removesuffix(".query") for name, _ in model.named_parameters() if name.endswith(".query")}
     with torch.no_grad():
@@ -417,14 +403,14 @@ def test_which_queries():
 def test_benchmark(tmp_path):
     figures, picture = tmp_path / "figures.json", tmp_path / "plot" / "figure.png"
     tiny = ("--size", "tiny", "--sequence", 16, "--rounds", 1)
-    output = run("experiments/benchmark.py", *tiny, "--output", figures)
+    output = run_example("experiments/benchmark.py", *tiny, "--output", figures)
     results = json.loads(figures.read_text())["results"]
     names = ["base", "8 blocks", "8 blocks, einsum as published", "8 blocks, fla, naive"]
     rows = [(row["measurement"], row["variant"]) for row in results]
     assert rows == [(measurement, name) for measurement in ("prefill", "decode", "training step") for name in names]
     assert all(len(row["seconds"]) == 1 and row["peak_bytes"] > 0 for row in results)
     assert all(row["variant"] in output for row in results)
-    run("experiments/plot_benchmark.py", figures, figures, picture)
+    run_example("experiments/plot_benchmark.py", figures, figures, picture)
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 

@@ -4,7 +4,7 @@ import inspect
 
 import pytest
 import torch
-from conftest import attnres_of, randomize_depth_attention, tiny_base
+from helpers import attnres_of, randomize_depth_attention, tiny_base
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaModel
 from transformers.integrations.executorch import TorchExportableModuleWithStaticCache
 

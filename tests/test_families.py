@@ -1,11 +1,8 @@
 """Each family: with zero queries the model equals its base, with other queries it follows the paper."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
-from conftest import FAMILIES, MIXTURES, OTHERS, attnres_of, randomize_depth_attention, tiny_base
+from helpers import FAMILIES, MIXTURES, OTHERS, attnres_of, randomize_depth_attention, run_python, tiny_base, trained
 from reference import reference_hidden_states
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -88,7 +85,7 @@ def test_trained_queries_are_wired_as_in_the_paper(family, shape, scale, tokens)
         # Experts do not run in float64
         base.double()
     temperature = 1.0 if scale == "sum" else 2.5
-    model = randomize_depth_attention(attnres_of(base, **shape, attn_res_scale=scale, attn_res_temperature=temperature))
+    model = trained(base, **shape, attn_res_scale=scale, attn_res_temperature=temperature)
     model.set_attn_implementation("eager")
     expected = reference_hidden_states(base, model, tokens["input_ids"])
     actual = model.model(tokens["input_ids"], use_cache=False).last_hidden_state
@@ -98,10 +95,11 @@ def test_trained_queries_are_wired_as_in_the_paper(family, shape, scale, tokens)
 
 
 @each_family
-def test_every_parameter_learns(family, tokens):
+@each_shape
+def test_every_parameter_learns(family, shape, tokens):
     """One step of training: gradients are the base's, and each query has one."""
     base = tiny_base(family)
-    model = attnres_of(base, attn_res_block_size=2)
+    model = attnres_of(base, **shape)
     gradients = []
     for each in (base, model):
         each(**tokens, labels=tokens["input_ids"]).loss.backward()
@@ -148,7 +146,7 @@ def test_experts_run_and_compile_as_in_the_base(family, tokens):
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss"])
 @torch.no_grad()
 def test_mixtures_compile_without_a_graph_break(family, tokens):
-    model = randomize_depth_attention(attnres_of(tiny_base(family), attn_res_block_size=2))
+    model = trained(tiny_base(family), attn_res_block_size=2)
     input_ids = tokens["input_ids"][2:]
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
@@ -170,10 +168,7 @@ def test_checkpoints_keep_the_base_s_layout(family, tmp_path, tokens):
     model = AutoModelForCausalLM.from_pretrained(output)
     other = AutoModelForCausalLM.from_pretrained(tmp_path / "other")
     model.save_pretrained(tmp_path / "saved")
-    saved, expected = (
-        load_file(tmp_path / "saved" / "model.safetensors"),
-        load_file(tmp_path / "base/model.safetensors"),
-    )
+    saved, expected = (load_file(tmp_path / name / "model.safetensors") for name in ("saved", "base"))
     assert {name for name in saved if not name.endswith((".query", ".key_norm"))} == expected.keys()
     assert all(torch.equal(saved[name], tensor) for name, tensor in expected.items())
     attn_res = {name for name in model.state_dict() if name.endswith((".query", ".key_norm"))}
@@ -219,11 +214,8 @@ def test_models_of_several_bases_load_and_save_in_threads_at_once(tmp_path):
     """
     families = ["mixtral", "qwen3_moe", "olmo2"]
     for family in families:
-        model = randomize_depth_attention(attnres_of(tiny_base(family), attn_res_block_size=2))
-        model.save_pretrained(tmp_path / family)
-    command = [sys.executable, "-c", IN_THREADS, str(tmp_path), *families]
-    process = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert process.returncode == 0, process.stderr
+        trained(tiny_base(family), attn_res_block_size=2).save_pretrained(tmp_path / family)
+    run_python(IN_THREADS, tmp_path, *families)
 
 
 @torch.no_grad()

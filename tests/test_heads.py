@@ -2,9 +2,7 @@
 
 import pytest
 import torch
-from conftest import TINY, attnres_of, tiny_base_config
-from test_conversion import tensor_hashes
-from test_remote_code import run_isolated
+from helpers import BLOCK, INPUT_IDS, TINY, attnres_of, run_isolated, tensor_hashes, tiny_base, tiny_base_config
 from transformers import (
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
@@ -36,7 +34,7 @@ def base_with_head(head, family="llama"):
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
 def test_outputs_and_gradients_are_the_base_s(head, family, tokens):
     base = base_with_head(head, family)
-    model = HEADS[head].from_config(AttnResConfig.from_base_config(base.config, attn_res_block_size=2)).eval()
+    model = HEADS[head].from_config(AttnResConfig.from_base_config(base.config, **BLOCK)).eval()
     assert type(model).__name__ == f"AttnRes{head}"
     # The base's question answering calls its decoder `transformer`
     weights = {name.replace("transformer.", "model."): tensor for name, tensor in base.state_dict().items()}
@@ -52,8 +50,8 @@ def test_outputs_and_gradients_are_the_base_s(head, family, tokens):
     torch.testing.assert_close(actual.loss, expected.loss, rtol=0, atol=1e-5)
     real = tokens["attention_mask"].bool()
     for name in expected.keys() & {"logits", "start_logits", "end_logits"}:
-        pairs = (actual[name], expected[name]) if head == "ForSequenceClassification" else (actual[name][real],)
-        torch.testing.assert_close(pairs[0], pairs[1] if len(pairs) > 1 else expected[name][real], rtol=0, atol=1e-5)
+        rows = slice(None) if head == "ForSequenceClassification" else real
+        torch.testing.assert_close(actual[name][rows], expected[name][rows], rtol=0, atol=1e-5)
     actual.loss.backward()
     assert all(layer.mlp_res.query.grad.norm() > 0 for layer in model.model.layers)
 
@@ -62,21 +60,21 @@ def test_outputs_and_gradients_are_the_base_s(head, family, tokens):
 def test_classifiers_can_be_retrofitted_and_loaded_without_the_package(head, tmp_path, tokens):
     base = base_with_head(head)
     base.save_pretrained(tmp_path / "base")
-    output = retrofit(tmp_path / "base", tmp_path / "attnres", attn_res_block_size=2)
+    output = retrofit(tmp_path / "base", tmp_path / "attnres", **BLOCK)
     assert verify(tmp_path / "base", output).passed
     model = HEADS[head].from_pretrained(output)
     assert type(model).__name__ == f"AttnRes{head}" and model.config.num_labels == 3
 
     script = f"""
 from transformers import AutoModel{head}
-model = AutoModel{head}.from_pretrained(folder, trust_remote_code=True)
+model = AutoModel{head}.from_pretrained(name, trust_remote_code=True)
 assert "transformers_modules" in type(model).__module__ and type(model).__name__ == "AttnRes{head}"
 with torch.no_grad():
-    save_file({{"logits": model(data["input_ids"]).logits}}, work + "/out.safetensors")
+    save_file({{"logits": model(input_ids).logits}}, work + "/out.safetensors")
 """
     result = run_isolated(script, output, tmp_path)
     with torch.no_grad():
-        expected = base(torch.arange(1, 15)[None]).logits
+        expected = base(INPUT_IDS).logits
     torch.testing.assert_close(result["logits"], expected, rtol=0, atol=1e-5)
 
     model.save_pretrained(tmp_path / "saved")
@@ -87,9 +85,7 @@ with torch.no_grad():
 
 def test_a_language_model_becomes_a_classifier(tmp_path):
     """A reward model starts from a language model's weights, with a new head."""
-    from conftest import tiny_base
-
-    model = attnres_of(tiny_base("llama"), attn_res_block_size=2)
+    model = attnres_of(tiny_base("llama"), **BLOCK)
     model.save_pretrained(tmp_path)
     reward, info = AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=1, output_loading_info=True)
     assert set(info["missing_keys"]) == {"score.weight"}

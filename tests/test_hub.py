@@ -1,9 +1,8 @@
 """A source on the Hub and a checkpoint that goes there: against a stand-in on loopback, by processes of their own."""
 
-import json
+import os
 import re
 import subprocess
-import sys
 import threading
 import urllib.error
 import urllib.request
@@ -12,14 +11,24 @@ import pytest
 import torch
 import transformers
 import yaml
-from conftest import save_word_tokenizer, tiny_base, tiny_base_config
-from hub_stand_in import USER, running_hub
-from safetensors.torch import load_file
-from test_cli import attnres
-from test_conversion import file_bytes, save_base, tensor_hashes
-from test_remote_code import ISOLATED
+from helpers import (
+    INPUT_IDS,
+    attnres,
+    file_bytes,
+    run_isolated,
+    run_python,
+    save_base,
+    save_word_tokenizer,
+    tensor_hashes,
+    tiny_base,
+    tiny_base_config,
+)
 
 from modeling_attnres.conversion import push, retrofit
+
+
+pytest.importorskip("uvicorn", reason="`pip install transformers[serving]` brings what the stand-in needs")
+from hub_stand_in import USER, running_hub  # noqa: E402
 
 
 BASE, NAME = f"{USER}/base", f"{USER}/base-attnres"
@@ -27,15 +36,16 @@ BASE, NAME = f"{USER}/base", f"{USER}/base-attnres"
 
 @pytest.fixture
 def hub():
-    with running_hub() as server:
-        yield server
+    with running_hub() as hub:
+        yield hub
 
 
 def put_base(hub, folder):
-    """A base checkpoint on the Hub, with much that a retrofit has no use for."""
+    """A base checkpoint on the Hub, with files that a retrofit does not need."""
     save_base(folder)
     (folder / "original").mkdir()
-    (folder / "original" / "consolidated.00.pth").write_bytes(b"not for us")
+    for name in ("pytorch_model.bin", "original/consolidated.00.pth"):
+        (folder / name).write_bytes(b"not needed")
     hub.repositories[BASE] = file_bytes(folder)
     return folder
 
@@ -47,48 +57,38 @@ def metadata(card):
 @pytest.mark.parametrize("link", [[], ["--link"]], ids=["copy", "link"])
 def test_a_hub_id_and_a_revision(hub, link, tmp_path):
     folder = put_base(hub, tmp_path / "base")
-    environment = hub.environment(tmp_path / "cache", token=None)
-    result = attnres("retrofit", BASE, tmp_path / "attnres", "--revision", "v1", *link, environment=environment)
+    environment = hub.environment(tmp_path / "cache", token="")
+    result = attnres("retrofit", BASE, tmp_path / "attnres", "--revision", "v1", *link, env=environment)
     assert result.returncode == 0, result.stderr
     base_hashes, hashes = tensor_hashes(folder), tensor_hashes(tmp_path / "attnres")
     assert {name: hashes[name] for name in base_hashes} == base_hashes
     card = (tmp_path / "attnres" / "README.md").read_text()
     assert f"base_model: {BASE}" in card and f"https://huggingface.co/{BASE}" in card
     assert not any(path.is_symlink() for path in (tmp_path / "attnres").rglob("*"))
-    served = {path for _, path in hub.served}
-    assert {"config.json", "model.safetensors", "LICENSE", "tokenizer.json"} <= served
-    assert not {"pytorch_model.bin", "original/consolidated.00.pth"} & served, "only the files needed"
+    assert {"config.json", "model.safetensors", "LICENSE", "tokenizer.json"} <= set(hub.served)
+    assert not {"pytorch_model.bin", "original/consolidated.00.pth"} & set(hub.served), "only the files needed"
 
 
 LOAD = """
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True, dtype="float32")
+model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=True, dtype="float32")
 assert "transformers_modules" in type(model).__module__
-AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=True)
+AutoTokenizer.from_pretrained(name, trust_remote_code=True)
 with torch.no_grad():
-    save_file({"logits": model(torch.arange(1, 15)[None]).logits}, sys.argv[2])
+    save_file({"logits": model(input_ids).logits}, work + "/out.safetensors")
 """
 
 
-def load_without_the_package(hub, name, work, load=LOAD):
+def logits_without_the_package(hub, name, work, load=LOAD):
     """Logits of a model on the Hub, by the code that travels with it."""
-    script = ISOLATED.replace('folder, work = sys.argv[1:]\ndata = load_file(work + "/in.safetensors")\n', "") + load
-    process = subprocess.run(
-        [sys.executable, "-c", script, name, work / "out.safetensors"],
-        capture_output=True,
-        text=True,
-        env=hub.environment(work / "other-cache"),
-        cwd=work,
-    )
-    assert process.returncode == 0, process.stderr
-    return load_file(work / "out.safetensors")["logits"]
+    return run_isolated(load, name, work, env=hub.environment(work / "other-cache"))["logits"]
 
 
 def test_retrofit_and_upload(hub, tmp_path):
     put_base(hub, tmp_path / "base")
     environment = hub.environment(tmp_path / "cache")
-    result = attnres("retrofit", BASE, tmp_path / "attnres", "--block-size", 2, environment=environment)
+    result = attnres("retrofit", BASE, tmp_path / "attnres", "--block-size", 2, env=environment)
     assert result.returncode == 0, result.stderr
-    result = attnres("push", tmp_path / "attnres", NAME, "--private", environment=environment)
+    result = attnres("push", tmp_path / "attnres", NAME, "--private", env=environment)
     assert result.returncode == 0, result.stderr
     assert f"Uploaded to {hub.endpoint}/{NAME}" in result.stdout
     assert hub.private == {NAME} and len(hub.commits) == 1
@@ -108,21 +108,22 @@ def test_retrofit_and_upload(hub, tmp_path):
     with pytest.raises(urllib.error.HTTPError, match="404"):
         urllib.request.urlopen(f"{hub.endpoint}/{NAME}/resolve/main/config.json")
     with torch.no_grad():
-        logits = tiny_base("llama").to(torch.bfloat16).float()(torch.arange(1, 15)[None]).logits
-    torch.testing.assert_close(load_without_the_package(hub, NAME, tmp_path), logits, rtol=0, atol=1e-5)
+        logits = tiny_base("llama").to(torch.bfloat16).float()(INPUT_IDS).logits
+    torch.testing.assert_close(logits_without_the_package(hub, NAME, tmp_path), logits, rtol=0, atol=1e-5)
 
 
 def test_a_refused_or_interrupted_upload_goes_on(hub, tmp_path):
-    base = save_base(tmp_path / "base", sharded=True)
-    output = retrofit(base, tmp_path / "attnres")
+    output = retrofit(save_base(tmp_path / "base", sharded=True), tmp_path / "attnres")
     environment = hub.environment(tmp_path / "cache")
     hub.refuse_objects = True
-    result = attnres("push", output, NAME, "--private", environment=environment)
+    result = attnres("push", output, NAME, "--private", env=environment)
     assert result.returncode == 1 and "Traceback" not in result.stderr and not hub.commits
     assert f"attnres push {output} {NAME} --private" in result.stderr
 
     hub.refuse_objects, hub.hold = False, threading.Event()
-    process = subprocess.Popen(["attnres", "push", output, NAME], env=environment, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        ["attnres", "push", output, NAME], env={**os.environ, **environment}, stderr=subprocess.DEVNULL
+    )
     assert hub.waiting.wait(120), "one object arrived, another is on its way"
     process.kill()
     process.wait()
@@ -130,65 +131,23 @@ def test_a_refused_or_interrupted_upload_goes_on(hub, tmp_path):
     assert len(hub.received) == 1 and hub.repositories[NAME] == {} and not hub.commits
 
     hub.hold = None
-    result = attnres("push", output, NAME, environment=environment)
+    result = attnres("push", output, NAME, env=environment)
     assert result.returncode == 0 and len(hub.commits) == 1 and hub.private == {NAME}, result.stderr
     shards = [path for path in hub.repositories[NAME] if path.endswith(".safetensors")]
     assert len(shards) > 2 and len(hub.received) == len(set(hub.received)) == len(shards), "none was sent twice"
     expected = file_bytes(output)
     assert {**hub.repositories[NAME], "README.md": expected["README.md"]} == expected
-    with pytest.raises(ValueError, match="is not an AttnRes checkpoint: its `model_type` is 'llama'"):
-        push(base, NAME)
-
-
-def run(hub, script, *arguments, cache):
-    """A script in a process that has the package and this Hub."""
-    process = subprocess.run(
-        [sys.executable, "-c", script, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        env=hub.environment(cache),
-    )
-    assert process.returncode == 0, process.stderr
-    return process.stderr
 
 
 PUSH = """
-import sys, torch
-from transformers import AutoModelForCausalLM
-import modeling_attnres
-folder, logits, *names = sys.argv[1:]
-model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-with torch.no_grad():
-    model.model.layers[-1].output_res.query += 0.1
-for name in names:
-    model.push_to_hub(name, private=True)
-torch.save(model(torch.arange(1, 15)[None]).logits.detach(), logits)
-"""
-
-
-def test_a_model_pushes_itself(hub, tmp_path):
-    """As any model of transformers: with tags and code, and a card that is there stays."""
-    base = save_base(tmp_path / "base")
-    hub.repositories[f"{USER}/by-hand"] = {"README.md": b"---\nlicense: mit\n---\n# By hand\n"}
-    arguments = (retrofit(base, tmp_path / "attnres"), tmp_path / "logits.pt", NAME, f"{USER}/by-hand")
-    run(hub, PUSH, *arguments, cache=tmp_path / "cache")
-    assert "attnres" in metadata(hub.repositories[NAME]["README.md"].decode())["tags"]
-    assert hub.private == {NAME}
-    hub.repositories[NAME] |= {path: c for path, c in file_bytes(base).items() if path.startswith("token")}
-    logits = load_without_the_package(hub, NAME, tmp_path)
-    torch.testing.assert_close(logits, torch.load(tmp_path / "logits.pt"), rtol=0, atol=1e-5)
-    by_hand = hub.repositories[f"{USER}/by-hand"]
-    assert "# By hand" in by_hand["README.md"].decode() and "config.json" in by_hand
-
-
-PUSH_ADAPTER = """
 import sys, torch
 from huggingface_hub import create_repo, upload_folder
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 from modeling_attnres import ATTN_RES_MODULES
-attnres, pushed, uploaded, work = sys.argv[1:]
-model = AutoModelForCausalLM.from_pretrained(attnres, dtype=torch.float32)
+retrofit, model_name, adapter_name, uploaded_name, work = sys.argv[1:]
+model = AutoModelForCausalLM.from_pretrained(retrofit, dtype=torch.float32)
+model.push_to_hub(model_name, private=True)
 lora = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear", modules_to_save=ATTN_RES_MODULES)
 model = get_peft_model(model, lora).eval()
 with torch.no_grad():
@@ -196,46 +155,53 @@ with torch.no_grad():
         if parameter.requires_grad:
             parameter += 0.1 * torch.randn_like(parameter)
     torch.save(model(torch.arange(1, 15)[None]).logits, work + "/logits.pt")
-model.push_to_hub(pushed, private=True)
+model.push_to_hub(adapter_name, private=True)
 model.save_pretrained(work + "/adapter")
-create_repo(uploaded)
-upload_folder(repo_id=uploaded, folder_path=work + "/adapter")
+create_repo(uploaded_name)
+upload_folder(repo_id=uploaded_name, folder_path=work + "/adapter")
 """
 
 LOAD_ADAPTER = """
 from peft import AutoPeftModelForCausalLM
-model = AutoPeftModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True, dtype="float32").eval()
+model = AutoPeftModelForCausalLM.from_pretrained(name, trust_remote_code=True, dtype="float32").eval()
 assert "transformers_modules" in type(model.get_base_model()).__module__
 with torch.no_grad():
-    save_file({"logits": model(torch.arange(1, 15)[None]).logits}, sys.argv[2])
+    save_file({"logits": model(input_ids).logits}, work + "/out.safetensors")
 """
 
 
-def test_an_adapter_pushes_itself(hub, tmp_path):
-    """Who loads it gets its base, a retrofit, from the Hub too, and the trained depth attention with the LoRA."""
-    hub.repositories[NAME] = file_bytes(retrofit(save_base(tmp_path / "base"), tmp_path / "attnres"))
-    pushed, uploaded = f"{USER}/pushed", f"{USER}/uploaded"
-    process = subprocess.run(
-        [sys.executable, "-c", PUSH_ADAPTER, NAME, pushed, uploaded, tmp_path],
-        capture_output=True,
-        text=True,
-        env=hub.environment(tmp_path / "cache"),
-    )
-    assert process.returncode == 0, process.stderr
-    assert hub.private == {pushed}
-    expected = torch.load(tmp_path / "logits.pt")
-    torch.testing.assert_close(
-        load_without_the_package(hub, pushed, tmp_path, LOAD_ADAPTER), expected, rtol=0, atol=1e-5
-    )
-    assert (expected - load_without_the_package(hub, NAME, tmp_path)).abs().max() > 0.1
+def test_models_and_adapters_push_themselves(hub, tmp_path):
+    """
+    As any model of transformers, with tags and code, and a card that is there stays. An adapter names the retrofit as
+    its base, which comes from the Hub too, and holds the trained depth attention.
+    """
+    output = retrofit(save_base(tmp_path / "base", dtype=torch.float32), tmp_path / "attnres")
+    hub.repositories[NAME] = file_bytes(output)
+    model, adapter, uploaded = (f"{USER}/{name}" for name in ("model", "adapter", "uploaded"))
+    hub.repositories[model] = {"README.md": b"---\nlicense: mit\n---\n# By hand\n"}
+    environment = hub.environment(tmp_path / "cache")
+    run_python(PUSH, NAME, model, adapter, uploaded, tmp_path, env=environment)
+    card = hub.repositories[model]["README.md"].decode()
+    assert "attnres" in metadata(card)["tags"] and "# By hand" in card
+    assert hub.private == {adapter}, "one that was there stays public"
+
+    # The tokenizer is no part of a model
+    hub.repositories[model] |= {path: c for path, c in file_bytes(output).items() if path.startswith("token")}
+    base_logits = tiny_base("llama")(INPUT_IDS).logits
+    torch.testing.assert_close(logits_without_the_package(hub, model, tmp_path), base_logits, rtol=0, atol=1e-5)
+    logits = logits_without_the_package(hub, adapter, tmp_path, LOAD_ADAPTER)
+    torch.testing.assert_close(logits, torch.load(tmp_path / "logits.pt"), rtol=0, atol=1e-5)
+    assert (logits - base_logits).abs().max() > 0.1
     # PEFT's own `push_to_hub` puts transformers' template in the place of the card
-    for name in (pushed, uploaded):
-        assert json.loads(hub.repositories[name]["adapter_config.json"])["base_model_name_or_path"] == NAME
     assert metadata(hub.repositories[uploaded]["README.md"].decode())["base_model"] == NAME
 
 
-IMPORT_AND_LOAD = """
+AUDITED = """
 import sys
+def audit(event, arguments):
+    if event.startswith("socket.connect") or event == "open" and str(arguments[0]).startswith(sys.argv[1]):
+        print(event, arguments[0])
+sys.addaudithook(audit)
 import modeling_attnres
 from transformers import AutoModelForCausalLM
 AutoModelForCausalLM.from_pretrained(sys.argv[1])
@@ -243,18 +209,9 @@ AutoModelForCausalLM.from_pretrained(sys.argv[1])
 
 
 def test_importing_and_loading_touch_nothing(tmp_path):
-    """No connection, no file written, and of the checkpoint nothing is opened but what any model of it opens."""
+    """No connection, and of the checkpoint only those files are opened that any model of it opens."""
     output = retrofit(save_base(tmp_path / "base"), tmp_path / "attnres")
-    audit = """
-import sys
-def audit(event, arguments):
-    if event.startswith("socket.connect") or event == "open" and str(arguments[0]).startswith(sys.argv[1]):
-        print(event, arguments[0])
-sys.addaudithook(audit)
-"""
-    process = subprocess.run([sys.executable, "-c", audit + IMPORT_AND_LOAD, output], capture_output=True, text=True)
-    assert process.returncode == 0, process.stderr
-    opened = {line.split("/")[-1] for line in process.stdout.splitlines()}
+    opened = {line.split("/")[-1] for line in run_python(AUDITED, output).splitlines()}
     assert {"config.json"} <= opened <= {"config.json", "generation_config.json", "model.safetensors.index.json"}
 
 
@@ -273,28 +230,29 @@ def test_the_code_in_the_card_loads_the_checkpoint(architecture, task, tmp_path)
     output = retrofit(tmp_path / "base", tmp_path / "attnres")
     card = (output / "README.md").read_text()
     assert metadata(card)["pipeline_tag"] == task
+    code = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1].replace("path/to/this/checkpoint", str(output))
     names = {}
-    exec(re.search(r"```python\n(.*?)```", card, re.DOTALL)[1].replace("path/to/this/checkpoint", str(output)), names)
-    assert type(names["model"]).__name__.removeprefix("AttnRes").removeprefix("Llama") == architecture and names[
-        "tokenizer"
-    ]("word").input_ids == [1]
+    exec(code, names)
+    assert re.fullmatch(f"AttnRes(Llama)?{architecture}", type(names["model"]).__name__)
+    assert names["tokenizer"]("word").input_ids == [1]
 
 
-def test_the_card_of_a_trained_checkpoint_is_that_of_its_retrofit(tmp_path):
-    output = retrofit(save_base(tmp_path / "base"), tmp_path / "attnres")
+def test_a_checkpoint_without_a_card_and_a_base_are_not_pushed(tmp_path):
+    base = save_base(tmp_path / "base")
+    output = retrofit(base, tmp_path / "attnres")
     (output / "README.md").unlink()
     with pytest.raises(FileNotFoundError, match="has no README.md: copy that of its retrofit, which stays true"):
         push(output, NAME)
+    with pytest.raises(ValueError, match="is not an AttnRes checkpoint: its `model_type` is 'llama'"):
+        push(base, NAME)
 
 
-def test_a_folder_s_name_is_not_a_hub_id(tmp_path, monkeypatch):
+def test_the_name_of_a_folder_is_not_a_hub_id(tmp_path, monkeypatch):
     """Even if it looks like one, and however its path is spelled."""
     monkeypatch.chdir(tmp_path)
     save_base(tmp_path / "someone" / "base")
-    cards = [
-        (retrofit(source, f"attnres-{i}") / "README.md").read_text()
-        for i, source in enumerate(["someone/base", "someone/../someone/base"])
-    ]
+    sources = ["someone/base", "someone/../someone/base"]
+    cards = [(retrofit(source, f"attnres-{i}") / "README.md").read_text() for i, source in enumerate(sources)]
     assert cards[0] == cards[1] and "# base with Attention Residuals" in cards[0]
     assert "base_model" not in metadata(cards[0]) and "huggingface.co" not in cards[0]
 
@@ -303,7 +261,5 @@ def test_the_license_comes_along(tmp_path):
     base = save_base(tmp_path / "base")
     fields = {"license": "other", "license_name": "own", "license_link": "LICENSE"}
     (base / "README.md").write_text(f"---\n{yaml.safe_dump({**fields, 'base_model': 'another/one'})}---\n# A base\n")
-    output = retrofit(base, tmp_path / "attnres")
-    data = metadata((output / "README.md").read_text())
+    data = metadata((retrofit(base, tmp_path / "attnres") / "README.md").read_text())
     assert {name: data[name] for name in fields} == fields and "base_model" not in data
-    assert (output / "LICENSE").read_bytes() == (base / "LICENSE").read_bytes()

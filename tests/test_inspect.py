@@ -1,17 +1,28 @@
-"""Inspect: its numbers against a forward pass written out here, its tables and command; the script of the pictures."""
+"""Inspect: its numbers against a forward pass written out here, its tables, command and page; the pictures."""
 
 import html
 import json
 import math
+import os
 import re
-import sys
+import shutil
+from dataclasses import replace
+from urllib.parse import quote
 
 import plot_inspection
 import pytest
+import reference
 import torch
-from conftest import attnres_of, randomize_depth_attention, save_word_tokenizer, tiny_base
+from helpers import (
+    BLOCK,
+    attnres_of,
+    invoke_attnres,
+    randomize_depth_attention,
+    run_example,
+    save_word_tokenizer,
+    tiny_base,
+)
 from peft import LoraConfig, get_peft_model
-from test_cli import attnres
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modeling_attnres import ATTN_RES_MODULES, DepthAttention
@@ -31,9 +42,9 @@ def folders(tmp_path_factory):
     base = tiny_base("llama")
     base.save_pretrained(root / "base")
     save_word_tokenizer(root / "base", WORDS)
-    retrofit(root / "base", root / "retrofit", attn_res_block_size=2)
+    retrofit(root / "base", root / "retrofit", **BLOCK)
     for name, scale in (("step-100", 0.05), ("step-200", 0.5)):
-        randomize_depth_attention(attnres_of(base, attn_res_block_size=2), scale).save_pretrained(root / name)
+        randomize_depth_attention(attnres_of(base, **BLOCK), scale).save_pretrained(root / name)
         save_word_tokenizer(root / name, WORDS)
     return root
 
@@ -64,9 +75,7 @@ def test_weights_entropies_queries_and_loss(folders, inspection):
     assert inspection.sources == ["embedding", "layers 0-1", "layers 2-3", "layer 4"]
     entropies = inspection.entropies
     for i, (module, sources) in enumerate(given):
-        values = torch.stack(sources, -2)[0].double()
-        keys = values / (values.pow(2).mean(-1, keepdim=True) + module.eps).sqrt() * module.key_norm.double()
-        weights = (keys @ module.query.double()).softmax(-1)
+        weights = reference.attention_weights(*reference.parameters(module), sources)[0][0]
         count = len(sources)
         torch.testing.assert_close(inspection.weights[i, :, :count].double(), weights, rtol=0, atol=1e-6)
         assert inspection.weights[i, :, count:].isnan().all()
@@ -91,11 +100,8 @@ def test_ablation_is_the_loss_with_the_logit_of_a_source_at_minus_infinity(folde
         module = modules(model)[row]
 
         def without(*sources, module=module, source=source, **_):
-            values = torch.stack(sources, -2)
-            keys = torch.nn.functional.rms_norm(values, values.shape[-1:], module.key_norm, module.eps)
-            logits = keys @ module.query
-            logits[..., source] = -torch.inf
-            return ((len(sources) - 1) * logits.softmax(-1).unsqueeze(-1) * values).sum(-2)
+            kept = torch.arange(len(sources)) != source
+            return reference.depth_attention(*reference.parameters(module), sources, "sum", kept=kept).float()
 
         module.forward = without
         change = model(INPUT_IDS, labels=INPUT_IDS).loss.item() - inspection.loss
@@ -149,8 +155,8 @@ def test_an_adapter(folders, tmp_path):
 def test_the_command(folders, tmp_path):
     (tmp_path / "text.txt").write_text(TEXT)
     arguments = (folders / "step-200", "--text", tmp_path / "text.txt", "--max-tokens", 20)
-    result = attnres("inspect", *arguments, "--json", "--html", tmp_path / "page.html")
-    assert result.returncode == 0, result.stderr
+    result = invoke_attnres("inspect", *arguments, "--json", "--html", tmp_path / "page.html")
+    assert result.exit_code == 0, result.stderr
     content = json.loads(result.stdout)
     expected = inspect_checkpoint(folders / "step-200", TEXT, max_tokens=20)
     assert content["tokens"] == expected.tokens and content["loss"] == pytest.approx(expected.loss)
@@ -168,14 +174,11 @@ def test_errors(folders, tmp_path):
         inspect_checkpoint(tmp_path / "no-tokenizer", TEXT)
 
 
-def test_pictures(folders, tmp_path, monkeypatch):
+def test_pictures(folders, tmp_path):
     (tmp_path / "text.txt").write_text(TEXT)
-    run = [str(folders / name) for name in ("retrofit", "step-100", "step-200")]
-    options = ["--base", str(folders / "base"), "--ablate", "--text", str(tmp_path / "text.txt"), "--max-tokens", "20"]
-    monkeypatch.setattr(
-        sys, "argv", ["plot_inspection.py", *run, *options, "--output", str(tmp_path / "new" / "folder")]
-    )
-    plot_inspection.main()
+    run = [folders / name for name in ("retrofit", "step-100", "step-200")]
+    options = ("--base", folders / "base", "--ablate", "--text", tmp_path / "text.txt", "--max-tokens", 20)
+    run_example("experiments/plot_inspection.py", *run, *options, "--output", tmp_path / "new" / "folder")
     pictures = {path.name: path.read_bytes() for path in (tmp_path / "new" / "folder").iterdir()}
     assert pictures.keys() == {f"{name}.png" for name in ("weights", "entropy", "queries", "ablation", "dilution")}
     assert all(content.startswith(b"\x89PNG") for content in pictures.values())
@@ -201,3 +204,116 @@ def test_dilution_is_that_of_the_base_and_of_the_checkpoint(folders):
     model(INPUT_IDS)
     for magnitude, source in zip(plot_inspection.dilution(folders / "step-200", TEXT, 512)[0], given):
         assert magnitude == pytest.approx(source[0].pow(2).mean(-1).sqrt().median().item(), rel=1e-5)
+
+
+# The page in a real browser: opened from a file, a token picked, the weights read off it
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+CHROMEDRIVER = shutil.which("chromedriver")
+in_a_browser = pytest.mark.skipif(
+    not (CHROMIUM and CHROMEDRIVER), reason="needs chromium and chromedriver: apt-get install chromium chromium-driver"
+)
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    for flag in (
+        *("headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-component-update"),
+        *("disable-background-networking", "disable-sync", "window-size=1200,900"),
+        f"user-data-dir={tmp_path_factory.mktemp('chromium')}",
+    ):
+        options.add_argument(f"--{flag}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    driver = webdriver.Chrome(options, webdriver.ChromeService(CHROMEDRIVER))
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture
+def page(browser, inspection, tmp_path):
+    path = tmp_path / "a page.html"
+    path.write_text(inspection.page(), encoding="utf-8")
+    browser.get(f"file://{quote(str(path))}")
+    return browser
+
+
+def table(page):
+    """Caption, row labels, column labels, numbers."""
+    script = """
+        const map = document.getElementById("map");
+        const texts = cells => [...cells].map(cell => cell.textContent);
+        return [map.caption.textContent, texts(map.tBodies[0].querySelectorAll("th")),
+                texts(map.tHead.rows[0].cells).slice(1),
+                [...map.tBodies[0].rows].map(row => texts(row.querySelectorAll("td")).map(Number))];
+    """
+    return page.execute_script(script)
+
+
+def expected(weights):
+    """Weights times number of sources, as far as there are sources."""
+    rows = [[w for w in row.tolist() if w == w] for row in weights]
+    return [pytest.approx([w * len(row) for w in row], abs=0.0061) for row in rows]
+
+
+@in_a_browser
+def test_picking_a_token_shows_its_weights(page, inspection):
+    from selenium.webdriver.common.by import By
+
+    caption, sublayers, sources, mean = table(page)
+    assert page.title == page.find_element(By.TAG_NAME, "h1").text == "Depth attention of step-200"
+    assert "Mean over all tokens" in caption and sublayers == SUBLAYERS and sources == inspection.sources
+    assert mean == expected(inspection.mean_weights)
+
+    tokens = page.find_elements(By.CSS_SELECTOR, "#tokens button")
+    assert [token.text for token in tokens] == TEXT.split()
+    tokens[7].click()
+    caption, _, _, at_7 = table(page)
+    assert caption.startswith("Token 7,") and inspection.tokens[7] in caption
+    assert at_7 == expected(inspection.weights[:, 7])
+    assert at_7 != mean and tokens[7].get_attribute("aria-pressed") == "true"
+    page.find_element(By.ID, "mean").click()
+    assert table(page)[3] == mean
+
+
+@in_a_browser
+def test_the_ablation(page, inspection):
+    """It is of the whole text: tokens cannot be picked, and none of them changes the view."""
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.support.select import Select
+
+    Select(page.find_element(By.ID, "quantity")).select_by_visible_text("change in loss")
+    caption, _, _, changes = table(page)
+    assert "Change in loss" in caption
+    for row, numbers in zip(inspection.loss_changes.tolist(), changes):
+        assert numbers == pytest.approx([change for change in row if change == change], abs=6e-4)
+    assert not page.find_element(By.CSS_SELECTOR, "#tokens button").is_enabled()
+
+
+@in_a_browser
+def test_it_asks_for_nothing_but_itself_and_logs_no_error(page):
+    for log in ("performance", "browser"):
+        page.get_log(log)  # of what was open before
+    page.refresh()
+    requests = [
+        message["params"]["request"]["url"]
+        for entry in page.get_log("performance")
+        if (message := json.loads(entry["message"])["message"])["method"] == "Network.requestWillBeSent"
+    ]
+    assert len(requests) == 1 and requests[0].startswith("file://")
+    assert not page.get_log("browser")
+    screenshot = os.environ.get("ATTNRES_SCREENSHOT")  # to look at
+    if screenshot:
+        page.find_elements("css selector", "#tokens button")[5].click()
+        page.save_screenshot(screenshot)
+
+
+def test_a_text_cannot_break_out_of_the_page(inspection):
+    tokens = ["</script><script>alert(1)</script>", "<!--", "__DATA__", *inspection.tokens[3:]]
+    content = replace(inspection, name="<script>", tokens=tokens).page()
+    assert content.count("<script") == content.count("</script>") == 2 and content.count("<!--") == 1
+    data = json.loads(re.search(r'type="application/json">(.*?)</script>', content)[1])
+    assert data["tokens"] == tokens and data["name"] == "<script>"

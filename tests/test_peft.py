@@ -4,7 +4,7 @@ from itertools import product
 
 import pytest
 import torch
-from conftest import MIXTURES, attnres_of, tiny_base
+from helpers import MIXTURES, attnres_of, tiny_base
 from peft import (
     AdaptionPromptConfig,
     IA3Config,

@@ -1,14 +1,14 @@
 """
 What half precision costs with depth: the distance from the same model in float64, next to the base's own.
 
-A part of it here; `python tests/soak.py precision` prints the table of the README.
+A part of it here; `python tests/test_precision.py` prints the table of the README.
 """
 
 from statistics import median
 
 import pytest
 import torch
-from conftest import attnres_of, randomize_depth_attention, tiny_base
+from helpers import attnres_of, randomize_depth_attention, tiny_base
 
 
 WIDTH = {"hidden_size": 128, "intermediate_size": 256, "vocab_size": 500}
@@ -45,3 +45,18 @@ def test_half_precision_drifts_no_further_than_the_base(layers, dtype):
     assert measured["base"] > torch.finfo(dtype).eps / 2, "there is something to measure"
     assert measured["block"] < 1.1 * measured["base"] and measured["full"] < 1.1 * measured["base"], measured
     assert all(value < 8 * measured["base"] for value in measured.values()), measured
+
+
+def main():
+    """Prints the table of README.md."""
+    columns = ["base", *(name + queries for name in TYPES for queries in ("", ", random queries"))]
+    print("| dtype, layers |", " | ".join(columns), "|\n|---|" + "---|" * len(columns))
+    for dtype in (torch.bfloat16, torch.float16):
+        for layers in (16, 48, 96):
+            measured = drifts(layers, dtype, texts=1)
+            values = " | ".join(f"{measured[column]:.1e}" for column in columns)
+            print(f"| {str(dtype).removeprefix('torch.')}, {layers} | {values} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

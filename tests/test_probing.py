@@ -1,35 +1,20 @@
 """Recorded weights, and depth attention with sources masked out, by hooks."""
 
 import pytest
+import reference
 import torch
-from conftest import FAMILIES, attnres_of, randomize_depth_attention, tiny_base
+from helpers import BLOCK, FAMILIES, FULL, attnres_of, both_types, tiny_base, trained
 from peft import LoraConfig, get_peft_model
 from test_heads import HEADS, base_with_head
 
-from modeling_attnres import ATTN_RES_MODULES, AttnResConfig
+from modeling_attnres import ATTN_RES_MODULES, AttnResConfig, DepthAttention
 from modeling_attnres.probing import depth_attentions, depth_sources, masked_sources, recorded_weights
 
 
-BLOCK, FULL = {"attn_res_block_size": 2}, {"attn_res_type": "full"}
-both_types = pytest.mark.parametrize("attn_res", [BLOCK, FULL], ids=["block", "full"])
 # Of five layers
 NAMES = [f"layer {i} {kind}" for i in range(5) for kind in ("attention", "MLP")][1:] + ["output"]
 BLOCK_SOURCES = ["embedding", "layers 0-1", "layers 2-3", "layer 4"]
 FULL_SOURCES = ["embedding"] + [f"layer {i} {kind}" for i in range(5) for kind in ("attention", "MLP")]
-
-
-def trained(family, **attn_res):
-    return randomize_depth_attention(attnres_of(tiny_base(family), **attn_res))
-
-
-def formula(module, sources, mask=None):
-    """The weights in float64, from the definition, with -inf as the logit of a masked source."""
-    values = torch.stack(sources, -2).double()
-    keys = values / (values.pow(2).mean(-1, keepdim=True) + module.eps).sqrt() * module.key_norm.double()
-    logits = keys @ module.query.double() / module.temperature
-    if mask is not None:
-        logits = logits.masked_fill(~mask[: len(sources)], -torch.inf)
-    return logits.softmax(-1), values
 
 
 def all_but_one_in_each_row(model):
@@ -42,7 +27,7 @@ def all_but_one_in_each_row(model):
 @pytest.mark.parametrize("family", ["llama", "mixtral", "qwen3_next"])
 @torch.no_grad()
 def test_recorded_weights_are_the_formula_s(family, attn_res, tokens):
-    model = trained(family, **attn_res)
+    model = trained(tiny_base(family), **attn_res)
     assert list(depth_attentions(model)) == NAMES
     assert depth_sources(model) == (BLOCK_SOURCES if attn_res is BLOCK else FULL_SOURCES)
     sources = []
@@ -54,7 +39,9 @@ def test_recorded_weights_are_the_formula_s(family, attn_res, tokens):
     for name, (module, args) in zip(NAMES, sources):
         (recorded,) = weights[name]
         assert recorded.dtype == torch.float32
-        torch.testing.assert_close(recorded.double(), formula(module, args)[0], rtol=0, atol=1e-6)
+        torch.testing.assert_close(
+            recorded.double(), reference.attention_weights(*reference.parameters(module), args)[0], rtol=0, atol=1e-6
+        )
     assert torch.equal(logits, model(**tokens).logits), "recording changes nothing"
 
 
@@ -62,7 +49,7 @@ def test_recorded_weights_are_the_formula_s(family, attn_res, tokens):
 @pytest.mark.parametrize("scale", ["sum", "mean"])
 @torch.no_grad()
 def test_a_masked_source_is_as_if_it_did_not_exist(scale, attn_res, tokens):
-    model = trained("llama", attn_res_scale=scale, **attn_res)
+    model = trained(tiny_base("llama"), attn_res_scale=scale, **attn_res)
     mask = all_but_one_in_each_row(model)
     calls = []
     for row, module in zip(mask, depth_attentions(model).values()):
@@ -71,15 +58,14 @@ def test_a_masked_source_is_as_if_it_did_not_exist(scale, attn_res, tokens):
     with masked_sources(model, mask):
         model(**tokens)
     for module, sources, row, output in calls:
-        weights, values = formula(module, sources, row)
-        factor = row[: len(sources)].sum() if scale == "sum" else 1
-        expected = factor * (weights.unsqueeze(-1) * values).sum(-2)
+        kept = row[: len(sources)]
+        expected = reference.depth_attention(*reference.parameters(module), sources, scale, kept=kept)
         torch.testing.assert_close(output.double(), expected, rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()
 def test_in_generate_weights_come_for_each_pass_and_masks_hold(tokens):
-    model = trained("llama", **BLOCK)
+    model = trained(tiny_base("llama"), **BLOCK)
     mask = all_but_one_in_each_row(model)
     with recorded_weights(model) as weights:
         output = model.generate(**tokens, max_new_tokens=4, do_sample=False)
@@ -113,7 +99,7 @@ def test_with_peft_the_trained_copies_are_recorded(tokens):
 
 
 def test_a_layer_with_parallel_sublayers_has_one_read(tokens):
-    model = trained("cohere", **FULL)
+    model = trained(tiny_base("cohere"), **FULL)
     assert list(depth_attentions(model)) == [*(f"layer {i} attention" for i in range(1, 5)), "output"]
     with recorded_weights(model) as weights:
         model(**tokens)
@@ -129,7 +115,7 @@ def test_a_layer_with_parallel_sublayers_has_one_read(tokens):
     ],
 )
 def test_masks_that_do_not_fit_are_refused(make, words, tokens):
-    model = trained("llama", **BLOCK)
+    model = trained(tiny_base("llama"), **BLOCK)
     mask = torch.ones(10, 4, dtype=torch.bool)
     with pytest.raises(ValueError, match=words), masked_sources(model, make(mask)):
         model(**tokens)
@@ -143,4 +129,4 @@ def test_a_model_without_depth_attention_is_refused():
 def test_families_have_names_for_all_their_depth_attentions():
     for family in FAMILIES:
         model = attnres_of(tiny_base(family), **FULL)
-        assert len(depth_attentions(model)) == sum(type(m).__name__ == "DepthAttention" for m in model.modules())
+        assert len(depth_attentions(model)) == sum(isinstance(m, DepthAttention) for m in model.modules())

@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-from conftest import tiny_base
+from helpers import new_shard, tensor_hashes, tiny_base
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from safetensors.torch import load_file
-from test_conversion import new_shard, tensor_hashes
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TorchAoConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 
 from modeling_attnres import ATTN_RES_MODULES, AttnResForCausalLM
 from modeling_attnres.conversion import retrofit, revert, verify
@@ -21,16 +20,16 @@ def int8_weight_only():
     return TorchAoConfig(Int8WeightOnlyConfig())
 
 
-QUANTISERS = {
+QUANTIZERS = {
     "bitsandbytes int8": ("bitsandbytes", lambda: BitsAndBytesConfig(load_in_8bit=True)),
     "bitsandbytes nf4": ("bitsandbytes", lambda: BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")),
     "torchao int8": ("torchao", int8_weight_only),
 }
 
 
-@pytest.mark.parametrize("name", QUANTISERS)
+@pytest.mark.parametrize("name", QUANTIZERS)
 def test_a_retrofit_of_a_quantized_base(name, tmp_path):
-    package, config = QUANTISERS[name]
+    package, config = QUANTIZERS[name]
     pytest.importorskip(package)
     tiny_base("llama", **SHAPE, tie_word_embeddings=False).save_pretrained(tmp_path / "float")
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "float", quantization_config=config(), dtype=torch.float32)
@@ -55,9 +54,9 @@ def test_a_retrofit_of_a_quantized_base(name, tmp_path):
     assert tensor_hashes(tmp_path / "reverted") == base_hashes
 
 
-@pytest.mark.parametrize("name", QUANTISERS)
+@pytest.mark.parametrize("name", QUANTIZERS)
 def test_a_loaded_quantized_base_becomes_an_attnres_model(name, tmp_path):
-    package, config = QUANTISERS[name]
+    package, config = QUANTIZERS[name]
     pytest.importorskip(package)
     tiny_base("llama", **SHAPE, tie_word_embeddings=False).save_pretrained(tmp_path / "float")
     base, expected = (
@@ -76,32 +75,11 @@ def test_a_loaded_quantized_base_becomes_an_attnres_model(name, tmp_path):
             torch.testing.assert_close(actual(tokens).logits, expected(tokens).logits, rtol=0, atol=1e-4)
 
 
-# bitsandbytes' int8 rounds the activations too, and what two models differ by in the last bit becomes a whole step
-@pytest.mark.parametrize("name", ["bitsandbytes nf4", "torchao int8"])
-def test_a_retrofit_of_smollm2_quantized(name, smollm2_folder, real_text, tmp_path):
-    """It answers as its quantized base does, and that is not the base as it was."""
-    package, config = QUANTISERS[name]
-    pytest.importorskip(package)
-    whole = AutoModelForCausalLM.from_pretrained(smollm2_folder, dtype=torch.float32)
-    base = AutoModelForCausalLM.from_pretrained(smollm2_folder, quantization_config=config(), dtype=torch.float32)
-    base.save_pretrained(tmp_path / "base")
-    output = retrofit(tmp_path / "base", tmp_path / "attnres")
-    base, model = (AutoModelForCausalLM.from_pretrained(folder) for folder in (tmp_path / "base", output))
-    assert type(model.model.layers[29].mlp.up_proj) is type(base.model.layers[29].mlp.up_proj)
-    tokens = AutoTokenizer.from_pretrained(smollm2_folder)(real_text, return_tensors="pt").input_ids[:, :24]
-    with torch.no_grad():
-        expected, actual, unquantized = (m(tokens).logits for m in (base, model, whole))
-    largest = expected.abs().max()
-    assert (actual - expected).abs().max() < 1e-5 * largest and (actual - unquantized).abs().max() > 1e-3 * largest
-    options = {"max_new_tokens": 8, "do_sample": False}
-    assert torch.equal(model.generate(tokens, **options), base.generate(tokens, **options))
-
-
 @pytest.mark.parametrize("order", ["quantized, then retrofitted", "retrofitted, then quantized"])
-@pytest.mark.parametrize("name", QUANTISERS)
+@pytest.mark.parametrize("name", QUANTIZERS)
 def test_lora_of_a_quantized_model(name, order, tmp_path):
     """QLoRA and its like: from the quantized base's loss, with gradient checkpointing, to disk and back."""
-    package, config = QUANTISERS[name]
+    package, config = QUANTIZERS[name]
     pytest.importorskip(package)
     tiny_base("llama", **SHAPE, tie_word_embeddings=False).save_pretrained(tmp_path / "float")
     quantize = {"quantization_config": config(), "dtype": torch.float32}

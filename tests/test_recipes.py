@@ -2,15 +2,13 @@
 
 import json
 import re
-import subprocess
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import randomize_depth_attention, tiny_base
+from helpers import randomize_depth_attention, run, tiny_base
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from train_base import train_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modeling_attnres import ATTN_RES_MODULES, DepthAttention
@@ -27,8 +25,7 @@ def recipe(tool):
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch):
-    tokenizer = train_tokenizer([__file__], vocab_size=300)
+def folder(tokenizer, tmp_path, monkeypatch):
     tokenizer.chat_template = "{% for message in messages %}<{{ message.role }}>{{ message.content }}\n{% endfor %}"
     base = tiny_base("llama", hidden_size=64, vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id)
     for saved in (base, tokenizer):
@@ -53,8 +50,7 @@ def adapter(folder):
 
 
 def shell(command):
-    process = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
-    assert process.returncode == 0, process.stderr
+    run("bash", "-c", command)
 
 
 def test_trl(folder):

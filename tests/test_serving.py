@@ -7,10 +7,8 @@ import sys
 
 import pytest
 import torch
-from conftest import randomize_depth_attention
+from helpers import EXAMPLES, randomize_depth_attention, run_isolated
 from server import chat, served
-from test_examples import EXAMPLES
-from test_remote_code import run_isolated
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modeling_attnres.conversion import retrofit
@@ -89,7 +87,7 @@ def test_transformers_serve_and_chat(trained_folder, expected, tmp_path):
 
 PIPELINE = """
 import json
-generator = pipeline("text-generation", folder, trust_remote_code=True, dtype=torch.float32)
+generator = pipeline("text-generation", name, trust_remote_code=True, dtype=torch.float32)
 assert "transformers_modules" in type(generator.model).__module__
 for question in json.loads(open(work + "/questions.json").read()):
     messages = [{"role": "user", "content": question}]
@@ -100,7 +98,7 @@ for question in json.loads(open(work + "/questions.json").read()):
 def test_pipeline(trained_folder, expected, tmp_path):
     """By the code that travels with the checkpoint: the package cannot be imported."""
     (tmp_path / "questions.json").write_text(json.dumps(QUESTIONS))
-    answers = map(json.loads, run_isolated(PIPELINE, trained_folder, tmp_path).splitlines())
+    answers = map(json.loads, run_isolated(PIPELINE, trained_folder, tmp_path))
     assert list(answers) == [{"role": "assistant", "content": expected[question]} for question in QUESTIONS]
 
 

@@ -5,7 +5,7 @@ import quickstart
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from modeling_attnres.conversion import retrofit, verify
+from modeling_attnres.conversion import retrofit
 
 
 @pytest.fixture(scope="module")
@@ -55,20 +55,8 @@ def test_autocast_is_as_near_to_float32_as_the_base_s(attnres_folder, smollm2_fo
     assert error <= 1.05 * base_error
 
 
-def test_verify_passes(attnres_folder, smollm2_folder):
-    assert verify(smollm2_folder, attnres_folder).passed
-
-
 def test_it_answers_as_the_base_does(attnres_folder, smollm2_folder):
     tokenizer = AutoTokenizer.from_pretrained(attnres_folder)
     models = [AutoModelForCausalLM.from_pretrained(f, dtype=torch.float32) for f in (smollm2_folder, attnres_folder)]
     answers = [quickstart.answer(model, tokenizer) for model in models]
     assert answers[0] == answers[1] and "Paris" in answers[0]
-
-
-def test_every_query_gets_a_gradient_in_the_first_step(attnres_folder, input_ids):
-    model = AutoModelForCausalLM.from_pretrained(attnres_folder, dtype=torch.float32)
-    model(input_ids[:, :256], labels=input_ids[:, :256]).loss.backward()
-    queries = {name: parameter for name, parameter in model.named_parameters() if name.endswith(".query")}
-    assert len(queries) == 2 * 30 - 1 + 1
-    assert all(query.grad.norm() > 0 and query.grad.isfinite().all() for query in queries.values())

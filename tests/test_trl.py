@@ -4,21 +4,15 @@ from math import log
 
 import pytest
 import torch
-from conftest import randomize_depth_attention, tiny_base
 from datasets import Dataset
+from helpers import randomize_depth_attention, tiny_base
 from peft import LoraConfig, get_peft_model
-from train_base import train_tokenizer
 from transformers import AutoModelForCausalLM
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from modeling_attnres import ATTN_RES_MODULES, attn_res_parameter_groups
 from modeling_attnres.callback import DepthAttentionCallback
 from modeling_attnres.conversion import retrofit
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return train_tokenizer([__file__], vocab_size=300)
 
 
 @pytest.fixture
@@ -93,7 +87,7 @@ def pairs():
     return Dataset.from_dict(
         {
             "prompt": [f"{a} and {a + 1} make" for a in range(8)],
-            "chosen": [f" {2 * a + 1}" for a in range(8)],
+            "chosen": [f" {2 * a + 1}, which is an odd number" for a in range(8)],
             "rejected": [" nothing"] * 8,
         }
     )

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 import vllm_families
-from conftest import attnres_of, randomize_depth_attention, tiny_base
+from helpers import attnres_of, randomize_depth_attention, tiny_base
 from peft import LoraConfig, get_peft_model
 from server import chat, served
 from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -10,7 +10,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-import conftest
+import conftest  # noqa: F401  sets the environment
+import helpers
 import torch
 from families import other_fields
 from transformers import CONFIG_MAPPING
@@ -30,8 +31,8 @@ MAX_TOKENS = 12
 
 def larger(family: str) -> dict:
     """The tests' fields of a family, in sizes that vLLM takes."""
-    if family in conftest.FAMILIES:
-        fields = {**conftest.TINY, **conftest.FAMILIES[family]}
+    if family in helpers.FAMILIES:
+        fields = {**helpers.TINY, **helpers.FAMILIES[family]}
     else:
         fields = other_fields(CONFIG_MAPPING[family]().to_dict())
     return {name: SIZES[name] for name, value in fields.items() if name in SIZES and value is not None}
@@ -49,14 +50,14 @@ def cell(result: dict, expected: list[list[int]]) -> str:
 
 
 def main():
-    families = sys.argv[1:] or sorted([*conftest.FAMILIES, *conftest.OTHERS])
+    families = sys.argv[1:] or sorted([*helpers.FAMILIES, *helpers.OTHERS])
     generator = torch.Generator().manual_seed(0)
     prompts = [torch.randint(1, 99, (length,), generator=generator).tolist() for length in (5, 40, 17)]
     with tempfile.TemporaryDirectory() as work:
         jobs, expected = [], []
         for family in families:
-            base = conftest.tiny_base(family, **larger(family))
-            model = conftest.randomize_depth_attention(conftest.attnres_of(base, attn_res_block_size=2))
+            base = helpers.tiny_base(family, **larger(family))
+            model = helpers.randomize_depth_attention(helpers.attnres_of(base, attn_res_block_size=2))
             for kind, own in (("base", base), ("attnres", model)):
                 own.save_pretrained(Path(work) / family / kind)
                 options = {**OPTIONS, "model_impl": "transformers" if kind == "base" else "auto"}

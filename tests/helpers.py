@@ -1,0 +1,209 @@
+"""Models, checkpoints and processes that several test files use."""
+
+import hashlib
+import io
+import json
+import os
+import runpy
+import subprocess
+import sys
+from contextlib import redirect_stdout
+from pathlib import Path
+from unittest.mock import patch
+
+import families
+import pytest
+import torch
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokenizerFast
+from typer.testing import CliRunner
+
+from attnres import app
+from modeling_attnres import AttnResConfig, DepthAttention
+
+
+TINY = {
+    "vocab_size": 99,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    # Longest generation for every prompt
+    "eos_token_id": None,
+}
+# An older transformers lacks the newest
+OTHERS = [family for family in families.OTHERS if family in CONFIG_MAPPING]
+FAMILIES = {family: fields for family, fields in families.FAMILIES.items() if family in CONFIG_MAPPING}
+MIXTURES = [family for family, fields in FAMILIES.items() if "num_experts_per_tok" in fields]
+AUTO_CLASSES = {
+    "AutoConfig",
+    "AutoModel",
+    "AutoModelForCausalLM",
+    "AutoModelForQuestionAnswering",
+    "AutoModelForSequenceClassification",
+    "AutoModelForTokenClassification",
+}
+BLOCK, FULL = {"attn_res_block_size": 2}, {"attn_res_type": "full"}
+both_types = pytest.mark.parametrize("attn_res", [BLOCK, FULL], ids=["block", "full"])
+
+
+def tiny_base_config(base_model_type, **fields):
+    config_class = CONFIG_MAPPING[base_model_type]
+    if base_model_type in families.OTHERS:
+        return config_class(**{**families.other_fields(config_class().to_dict()), **fields})
+    return config_class(**{**TINY, **FAMILIES[base_model_type], **fields})
+
+
+def tiny_base(base_model_type, **fields):
+    """
+    A base with random weights, norms too: an untrained norm hides a missing one. Routers are decided, or a difference
+    in rounding would send a token to another expert.
+    """
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_config(tiny_base_config(base_model_type, **fields)).eval()
+    with torch.no_grad():
+        for name, parameter in base.named_parameters():
+            scale = 0.3 if "norm" in name else 0.5 if name.endswith((".gate.weight", ".router.weight")) else 0.1
+            parameter.add_(torch.randn_like(parameter) * scale)
+    return base
+
+
+def attnres_of(base, **attn_res):
+    """The base's weights in an AttnRes model, without any of the conversion code."""
+    config = AttnResConfig.from_base_config(base.config, **attn_res)
+    model = AutoModelForCausalLM.from_config(config, dtype=base.dtype).eval()
+    missing, unexpected = model.load_state_dict(base.state_dict(), strict=False)
+    assert not unexpected and all(name.endswith(("_res.query", "_res.key_norm")) for name in missing)
+    return model
+
+
+def randomize_depth_attention(model, scale=0.3, seed=1):
+    """Queries and key norms as after training: at zero queries wrong wiring would not show."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, DepthAttention):
+                module.query.copy_(torch.randn(module.query.shape, generator=generator) * scale)
+                module.key_norm.copy_(1 + torch.randn(module.query.shape, generator=generator) * 0.3)
+    return model
+
+
+def trained(base, **attn_res):
+    """The base's weights in an AttnRes model with random queries and key norms."""
+    return randomize_depth_attention(attnres_of(base, **attn_res))
+
+
+def greedy(model):
+    return model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=10, do_sample=False)
+
+
+# Checkpoints
+
+
+def save_word_tokenizer(folder, words, **fields):
+    """A tokenizer of these words, separated by blanks."""
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=words[0]))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **fields).save_pretrained(folder)
+
+
+def save_base(folder, family="llama", sharded=False, dtype=torch.bfloat16, **fields):
+    """A base checkpoint with the other files of a checkpoint on the Hub."""
+    tiny_base(family, **fields).to(dtype).save_pretrained(folder, max_shard_size="20KB" if sharded else "1GB")
+    save_word_tokenizer(folder, ["<unk>", "word"], chat_template="{{ messages }}")
+    (folder / "README.md").write_text("---\nlicense: apache-2.0\nlanguage: en\n---\n# A base\n")
+    (folder / "LICENSE").write_text("the license")
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tools.jinja").write_text("{{ tools }}")
+    return folder
+
+
+def edit_json(file, **fields):
+    """Sets fields of a JSON file."""
+    file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
+
+
+def file_bytes(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def tensor_hashes(folder):
+    """sha256 over the bytes of each tensor, read by the safetensors library."""
+    hashes = {}
+    for shard in sorted(folder.glob("*.safetensors")):
+        for name, tensor in load_file(shard).items():
+            hashes[name] = hashlib.sha256(tensor.flatten().view(torch.uint8).numpy().tobytes()).hexdigest()
+    return hashes
+
+
+def new_shard(output):
+    """The last one holds what a retrofit adds."""
+    return max(output.glob("*.safetensors"))
+
+
+# Processes
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+# A terminal wide enough for a message, without colors in the midst of it
+TERMINAL = {"COLUMNS": "100", "NO_COLOR": "1", "TERM": "dumb"}
+
+
+def run(*command, env=None, **options):
+    """Runs a command, which has to succeed, and returns its output."""
+    environment = {**os.environ, **(env or {})}
+    process = subprocess.run([*map(str, command)], capture_output=True, text=True, env=environment, **options)
+    assert process.returncode == 0, process.stderr
+    return process.stdout
+
+
+def run_python(code, *arguments, **options):
+    return run(sys.executable, "-c", code, *arguments, **options)
+
+
+def run_example(script, *arguments):
+    """Runs an example in this process, which spares its imports, and returns its output."""
+    path, output = EXAMPLES / script, io.StringIO()
+    arguments = [str(path), *map(str, arguments)]
+    with patch.object(sys, "argv", arguments), patch.object(sys, "path", [str(path.parent), *sys.path]):
+        with redirect_stdout(output):
+            runpy.run_path(str(path), run_name="__main__")
+    return output.getvalue()
+
+
+def attnres(*arguments, command=("attnres",), env=None):
+    """The finished process of the `attnres` command."""
+    environment = {**os.environ, **TERMINAL, **(env or {})}
+    return subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True, env=environment)
+
+
+def invoke_attnres(*arguments):
+    """Runs the `attnres` command in this process, which spares its imports. Returns a `typer.testing.Result`."""
+    result = CliRunner().invoke(app, [*map(str, arguments)], env=TERMINAL)
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result
+
+
+# Neither this package can be imported nor another one that comes with its tests
+ISOLATED = """
+import sys
+for package in ("modeling_attnres", "attnres", "fla", "trl", "datasets", "tensorboard"):
+    sys.modules[package] = None
+import torch
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, pipeline
+name, work = sys.argv[1:]
+input_ids = torch.arange(1, 15)[None]
+"""
+INPUT_IDS = torch.arange(1, 15)[None]
+
+
+def run_isolated(script, name, work, env=None):
+    """Runs a script on the model `name` without this package. Returns its printed lines, or the tensors it saved."""
+    environment = {"HF_HOME": str(work / "hf"), "HF_MODULES_CACHE": str(work / "modules"), **(env or {})}
+    output = run_python(ISOLATED + script, name, work, env=environment, cwd=work, stdin=subprocess.DEVNULL)
+    return load_file(work / "out.safetensors") if (work / "out.safetensors").exists() else output.splitlines()
