@@ -16,8 +16,11 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig  # noqa: E402
 
 
 if TYPE_CHECKING:
-    # Tools that copy this file for a configuration (mergekit) also copy the files that it imports
+    # Tools that copy this file for a configuration (mergekit) also copy the files that it imports. Older releases of
+    # transformers copy no others, and fail before the check above if one is missing
+    from .depth_attention import DepthAttention  # noqa: F401
     from .modeling_attnres import AttnResModel  # noqa: F401
+    from .residual_stream import ResidualStream  # noqa: F401
 
 
 # Where the Auto classes find the code in a checkpoint's folder (`trust_remote_code=True`)

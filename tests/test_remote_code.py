@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers import AUTO_CLASSES, BLOCK, INPUT_IDS, edit_json, run_isolated, save_base, tiny_base, trained
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.dynamic_module_utils import get_relative_imports
 
 from modeling_attnres.conversion import retrofit, revert, verify
 
@@ -73,6 +74,9 @@ def test_a_retrofit_trains_and_saves_without_the_package_and_loads_with_it(outpu
 
 
 def test_an_older_transformers_is_named(output, tmp_path):
+    # It copies only the files that the configuration imports itself, and must find all before it runs any
+    files = {path.stem for path in output.glob("*.py")}
+    assert {"configuration_attnres", *get_relative_imports(output / "configuration_attnres.py")} == files
     script = """
 import transformers
 transformers.__version__ = "5.6.0"
