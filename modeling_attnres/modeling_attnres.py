@@ -282,11 +282,20 @@ class AttnResForCausalLM(AttnResOverBase, GenerationMixin):
                 `attn_res_temperature` is `hidden_size / 128`.
 
         Raises:
-            `ValueError`: if the base is not a causal language model, or is not supported.
+            `ValueError`: if the base is not a causal language model, is not supported, is sharded by FSDP, or is
+                offloaded. Tensor parallelism and quantization are supported.
         """
         base_config = base.config
         attn_res = {"attn_res_temperature": base_config.hidden_size / WIDTH_AT_TEMPERATURE_1, **attn_res}
         config = AttnResConfig.from_base_config(base_config, **attn_res)
+        # Also what config.json does not have: implementations, quantization, parallelism
+        vars(config).update({name: value for name, value in vars(base_config).items() if name != "model_type"})
+        for name, module in base.named_modules():
+            if type(module).__module__.startswith("torch.distributed") or hasattr(module, "_hf_hook"):
+                raise ValueError(
+                    f"`{name or 'base'}` is sharded or offloaded (FSDP or `device_map`): convert the base first, and "
+                    "shard or offload the AttnRes model."
+                )
         if type(base) is not MODEL_FOR_CAUSAL_LM_MAPPING.get(type(base_config), None):
             raise ValueError(f"`base` is a {type(base).__name__}, but must be a causal language model of transformers.")
         for module in base.modules():

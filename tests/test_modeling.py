@@ -7,6 +7,7 @@ import pickle
 
 import pytest
 import torch
+import torch.distributed as dist
 from helpers import (
     BLOCK,
     FAMILIES,
@@ -20,6 +21,8 @@ from helpers import (
     trained,
 )
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoModel, AutoModelForCausalLM
 
 from modeling_attnres import AttnResConfig, AttnResForCausalLM, DepthAttention
@@ -61,15 +64,14 @@ def test_a_base_checkpoint_loads_as_it_is(family, tmp_path, tokens):
 @torch.no_grad()
 def test_a_loaded_base_becomes_an_attnres_model_with_the_same_weights(family, tmp_path, tokens):
     tiny_base(family).save_pretrained(tmp_path / "base")
-    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", attn_implementation="eager")
     weight, expected = base.get_input_embeddings().weight, base(**tokens, output_hidden_states=True)
     model = AttnResForCausalLM.from_base(base, attn_res_block_size=2)
     assert model.get_input_embeddings().weight is weight and not model.training
     actual = model(**tokens, output_hidden_states=True)
     torch.testing.assert_close(actual.logits, expected.logits, rtol=0, atol=1e-5)
     torch.testing.assert_close(actual.hidden_states, expected.hidden_states, rtol=0, atol=2e-5)
-    model.set_attn_implementation("eager")
-    assert model.model.layers[0].self_attn.config._attn_implementation == "eager"
+    assert model.config._attn_implementation == "eager" and model.model.layers[0].self_attn.config is model.config
 
     model.save_pretrained(tmp_path / "attnres")
     retrofit(tmp_path / "base", tmp_path / "retrofit", attn_res_block_size=2)
@@ -80,6 +82,23 @@ def test_a_loaded_base_becomes_an_attnres_model_with_the_same_weights(family, tm
         assert name == other_name and torch.equal(tensor, other), name
     with pytest.raises(ValueError, match="LlamaModel.*causal language model"):
         AttnResForCausalLM.from_base(tiny_base("llama").model)
+
+
+def test_a_sharded_or_offloaded_base_is_refused(tmp_path):
+    """Its hooks are made for the base's layers."""
+    tiny_base("llama").save_pretrained(tmp_path)
+    parts = ("embed_tokens", "rotary_emb", "norm", *(f"layers.{i}" for i in range(5)))
+    device_map = {"lm_head": "cpu", **{f"model.{part}": "cpu" for part in parts}, "model.layers.3": "disk"}
+    offloaded = AutoModelForCausalLM.from_pretrained(tmp_path, device_map=device_map, offload_folder=tmp_path / "disk")
+    sharded = tiny_base("llama")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        fully_shard(sharded.model.layers[0], mesh=init_device_mesh("cpu", (1,)))
+        for base in (offloaded, sharded):
+            with pytest.raises(ValueError, match="is sharded or offloaded.*convert the base first"):
+                AttnResForCausalLM.from_base(base)
+    finally:
+        dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
