@@ -40,8 +40,8 @@ class Receive(PPMissingLayer):
         return ResidualStream(hidden_states.split(self.hidden_size, dim=-1))
 
 
-# The compiler does not look into this operation. With `torch.cat`, compiled stages gave other tokens: torch 2.13 on
-# a CPU added up block sums before vLLM's matrix products had written their outputs
+# The compiler does not look into this operation. With `torch.cat`, compiled stages gave wrong values in torch 2.13 on a
+# CPU, probably because block sums were added up before vLLM's matrix products had written their outputs
 @torch.library.custom_op("attnres::side_by_side", mutates_args=())
 def side_by_side(sources: list[torch.Tensor]) -> torch.Tensor:
     return torch.cat(sources, dim=-1)
