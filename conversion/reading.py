@@ -105,9 +105,7 @@ def read_checkpoint(source: str | Path, revision: str | None = None) -> Checkpoi
     folder = find_checkpoint(source, revision)
     for path in sorted(folder.rglob("*")):
         if path.is_symlink() and leads_out_of(folder, path):
-            raise ValueError(
-                f"{path} is a link out of the folder, to {os.path.realpath(path)}: put a copy in its place."
-            )
+            raise ValueError(f"{path} is a link out of the folder, to {os.path.realpath(path)}: copy it instead.")
     if (folder / ADAPTER_CONFIG).exists():
         raise ValueError(
             f"{folder} holds a PEFT adapter: merge it into its base (`merge_and_unload`, then `save_pretrained`) and "

@@ -217,9 +217,7 @@ def _new_tensors(source: Checkpoint, config: AttnResConfig, architecture: str) -
             f"The tensor {name!r} of {source.folder} has shape {list(shape)}, but {CONFIG} makes it {list(expected)}."
         )
     if missing := sorted(name for name in problems["missing_keys"] if not NEW_TENSOR.search(name)):
-        raise ValueError(
-            f"{source.folder} has no tensor {missing[0]!r}, but {CONFIG} requires it: they do not fit together."
-        )
+        raise ValueError(f"{source.folder} has no tensor {missing[0]!r}, which {CONFIG} requires: the two do not fit.")
     # transformers also loads a model with a head from the names of its bare decoder
     prefix = "" if any(name.startswith("model.") for name in source.tensors) else "model."
     return {
