@@ -206,8 +206,8 @@ def fla_depth_attention(query, key_norm, sources, scale, eps) -> torch.Tensor:
     return output * len(sources) if scale == "sum" else output
 
 
-# The number of elements of a source above which `streaming` is faster than `eager` (measured on a CPU)
-STREAMING_SIZE = 2**16
+# The number of elements of all sources above which `streaming` is faster than `eager` (measured on a CPU)
+STREAMING_SIZE = 2**19
 
 
 def auto_depth_attention(query, key_norm, sources, scale, eps) -> torch.Tensor:
@@ -216,7 +216,7 @@ def auto_depth_attention(query, key_norm, sources, scale, eps) -> torch.Tensor:
     takes_kernel = source.is_cuda and source.dtype != torch.float64 and not torch.compiler.is_compiling()
     if takes_kernel and not is_transformed(query, key_norm, *sources) and fla_kernel() is not None:
         attend = fla_depth_attention
-    elif source.numel() > STREAMING_SIZE and not source.is_meta:
+    elif len(sources) * source.numel() > STREAMING_SIZE and not source.is_meta:
         attend = streaming_depth_attention
     return attend(query, key_norm, sources, scale, eps)
 

@@ -79,7 +79,7 @@ def depth_attention_with_kernel(query, key_norm, sources, scale, eps) -> torch.T
 
 
 def depth_attention_without_kernel(query, key_norm, sources, scale, eps) -> torch.Tensor:
-    is_small = not torch.compiler.is_compiling() and sources[0].numel() <= STREAMING_SIZE
+    is_small = not torch.compiler.is_compiling() and len(sources) * sources[0].numel() <= STREAMING_SIZE
     attend = batched_depth_attention if is_small else auto_depth_attention
     return attend(query, key_norm, sources, scale, eps)
 

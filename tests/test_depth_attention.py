@@ -130,7 +130,7 @@ def as_tuple(tensors):
     return (tensors,) if isinstance(tensors, torch.Tensor) else tuple(tensors)
 
 
-@pytest.mark.parametrize("tokens", [2, 1100], ids=["few tokens", "many tokens"])
+@pytest.mark.parametrize("tokens", [2, 2800], ids=["few tokens", "many tokens"])
 @pytest.mark.parametrize(
     "derivatives",
     [
@@ -178,7 +178,7 @@ def test_zero_query_gives_the_plain_sum(attend):
 
 
 @both_scales
-@pytest.mark.parametrize("tokens", [1, 700], ids=["few tokens", "many tokens"])
+@pytest.mark.parametrize("tokens", [1, 1400], ids=["few tokens", "many tokens"])
 def test_the_module_computes_the_formula_at_its_temperature(tokens, scale):
     query, key_norm, *sources = inputs(3, torch.bfloat16, shape=(2, tokens, 64))
     module = DepthAttention(AttnResConfig(hidden_size=64, attn_res_scale=scale, attn_res_temperature=3.0))
