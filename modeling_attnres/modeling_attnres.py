@@ -288,7 +288,7 @@ class AttnResForCausalLM(AttnResOverBase, GenerationMixin):
         base_config = base.config
         attn_res = {"attn_res_temperature": base_config.hidden_size / WIDTH_AT_TEMPERATURE_1, **attn_res}
         config = AttnResConfig.from_base_config(base_config, **attn_res)
-        # Also what config.json does not have: implementations, quantization, parallelism
+        # Also the attributes that config.json does not have: implementations, quantization, parallelism
         vars(config).update({name: value for name, value in vars(base_config).items() if name != "model_type"})
         for name, module in base.named_modules():
             if type(module).__module__.startswith("torch.distributed") or hasattr(module, "_hf_hook"):

@@ -2,9 +2,10 @@
 """
 AttnRes models in vLLM: a plugin, which vLLM loads by itself where this package is installed.
 
-The models are those of vLLM's Transformers backend, with three additions. A pipeline stage passes on all its sources.
-vLLM is told what it recognizes a base by: latent attention, mixture of experts. The depth attention has operators for
-inference: the fused kernel of flash-linear-attention in compiled graphs, and matrix products for few tokens.
+The models are those of vLLM's Transformers backend, with three additions. A pipeline stage sends all its sources to the
+next one. vLLM recognizes latent attention and mixtures of experts, which it finds by the `model_type` of the base. The
+depth attention has operators for inference: the fused kernel of flash-linear-attention in compiled graphs, and matrix
+products for few tokens.
 """
 
 from collections.abc import Callable
@@ -59,8 +60,8 @@ class Send(PPMissingLayer):
         return side_by_side(list(stream.sources))
 
 
-# In a compiled graph `auto` does not use the kernel, because the compiler cannot look into it. It does not have to look
-# into this operation, which is for inference
+# The compiler cannot trace the kernel, so `auto` does not use it in a compiled graph. The compiler does not trace this
+# operation, which has no gradient
 @torch.library.custom_op("attnres::depth_attention", mutates_args=())
 def depth_attention_op(
     query: torch.Tensor, key_norm: torch.Tensor, sources: list[torch.Tensor], scale: str, eps: float
@@ -174,7 +175,7 @@ MERGE = (
 
 
 def refusing_depth_attention(validate_legal: Callable) -> Callable:
-    """vLLM switches LoRA weights from request to request, and nothing else."""
+    """vLLM loads only LoRA weights for a request, and no other modules."""
 
     @wraps(validate_legal)
     def validate(self: PEFTHelper, lora_config) -> None:

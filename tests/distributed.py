@@ -1,4 +1,4 @@
-"""What test_distributed.py runs in each of two processes, on a CPU.
+"""The program that test_distributed.py runs in each of two processes, on a CPU.
 
 accelerate launch --config_file CONFIG --num_processes 2 tests/distributed.py SCRIPT ARGUMENTS
 torchrun --nproc-per-node 2 tests/distributed.py CHECKPOINT OUTPUT    # tensor parallelism
@@ -48,7 +48,7 @@ def tensor_parallel(checkpoint, output):
 
 
 def take_cpus_for_gpus():
-    """The launch files are for GPUs: accelerate shards among nothing else, and Trainer looks for bfloat16 on one."""
+    """The launch files are for GPUs: accelerate shards only on GPUs, and Trainer asks a GPU for bfloat16."""
     transformers.training_args.is_torch_bf16_gpu_available = lambda: True
     if {"ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"}.isdisjoint(os.environ):
         os.environ["ACCELERATE_USE_CPU"] = "true"

@@ -32,7 +32,7 @@ def start_child(function, *arguments):
 
 
 def end_of(child):
-    """What the function returned or raised, or the signal that ended the process."""
+    """The result or the error of the function, or the signal that ended the process."""
     process, receiver = child
     try:
         result = receiver.recv()
@@ -48,8 +48,8 @@ def in_child(function, *arguments):
 
 def on_file_calls(callback):
     """
-    Calls `callback` before each call that makes, opens, lists, links, renames or removes a file or folder, from the
-    first folder made on. An audit hook cannot be removed, so this is for a child.
+    Calls `callback` before each call that makes, opens, lists, links, renames or removes a file or folder. It starts
+    with the first folder that is made. An audit hook cannot be removed, so this is for a child.
     """
     state = {"started": False, "busy": False}
 
@@ -68,7 +68,7 @@ def on_file_calls(callback):
 
 
 def count_calls(function):
-    """How many such calls it makes."""
+    """The number of calls that [`on_file_calls`] sees in the function."""
 
     def run():
         calls = []

@@ -142,14 +142,14 @@ def tensor_hashes(folder):
 
 
 def new_shard(output):
-    """The last one holds what a retrofit adds."""
+    """The last shard, which has the tensors that a retrofit adds."""
     return max(output.glob("*.safetensors"))
 
 
 # Processes
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-# A terminal wide enough for a message, without colors in the midst of it
+# A terminal that does not wrap or color a message
 TERMINAL = {"COLUMNS": "100", "NO_COLOR": "1", "TERM": "dumb"}
 
 
@@ -166,7 +166,7 @@ def run_python(code, *arguments, **options):
 
 
 def run_example(script, *arguments):
-    """Runs an example in this process, which spares its imports, and returns its output."""
+    """Runs an example in this process, which saves the time of its imports. Returns its output."""
     path, output = EXAMPLES / script, io.StringIO()
     arguments = [str(path), *map(str, arguments)]
     with patch.object(sys, "argv", arguments), patch.object(sys, "path", [str(path.parent), *sys.path]):
@@ -182,13 +182,13 @@ def attnres(*arguments, command=("attnres",), env=None):
 
 
 def invoke_attnres(*arguments):
-    """Runs the `attnres` command in this process, which spares its imports. Returns a `typer.testing.Result`."""
+    """Runs `attnres` in this process, which saves the time of its imports. Returns a `typer.testing.Result`."""
     result = CliRunner().invoke(app, [*map(str, arguments)], env=TERMINAL)
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
     return result
 
 
-# Neither this package can be imported nor another one that comes with its tests
+# This package cannot be imported, nor can the packages of its extras
 ISOLATED = """
 import sys
 for package in ("modeling_attnres", "attnres", "fla", "trl", "datasets", "tensorboard"):

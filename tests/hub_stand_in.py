@@ -1,4 +1,4 @@
-"""A small Hub on loopback: what huggingface_hub asks of it to make a repository, upload to it and download from it."""
+"""A small Hub on loopback. It has the routes that huggingface_hub needs to make, fill and read a repository."""
 
 import asyncio
 import base64
@@ -27,7 +27,7 @@ class HubStandIn:
     Attributes:
         repositories (`dict[str, dict[str, bytes]]`): files by path, of each repository.
         private (`set[str]`): the repositories that only the token's owner may read.
-        objects (`dict[str, bytes]`): what LFS holds, by sha256.
+        objects (`dict[str, bytes]`): the files in LFS, by sha256.
         received (`list[str]`): the sha256 of each object that was sent, in order.
         served (`list[str]`): path of each file that was downloaded.
         commits (`list[str]`): repository of each commit.
@@ -58,7 +58,7 @@ class HubStandIn:
             raise HTTPException(401)
 
     def files(self, request, repository):
-        """Of a repository that the sender of the request may read."""
+        """The files of a repository. An error if the sender of the request may not read it."""
         try:
             if repository in self.private:
                 self.check_owner(request)

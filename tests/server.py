@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 
 @contextmanager
 def served(*command, log, timeout=300, **environment):
-    """The URL of what `command` serves; it is given a port, and ended at the end."""
+    """The URL of the server that `command` starts. It receives a port, and is stopped at the end."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -35,7 +35,7 @@ def served(*command, log, timeout=300, **environment):
         try:
             process.wait(timeout=30)
         finally:
-            with suppress(ProcessLookupError):  # what it started ended with it
+            with suppress(ProcessLookupError):  # its children ended with it
                 os.killpg(process.pid, signal.SIGKILL)
 
 
@@ -50,7 +50,7 @@ def answers(url):
 def chat(url, model, question, max_tokens, stream=False):
     """The greedy answer to a question."""
     request = {"model": str(model), "messages": [{"role": "user", "content": question}], "temperature": 0}
-    from openai import OpenAI  # not everywhere installed
+    from openai import OpenAI  # an optional package
 
     client = OpenAI(base_url=f"{url}/v1", api_key="none", timeout=300)
     answer = client.chat.completions.create(**request, max_tokens=max_tokens, stream=stream)

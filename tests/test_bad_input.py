@@ -71,7 +71,7 @@ INPUTS = {
 def outcome(model, inputs):
     try:
         output = model(**inputs)
-    except Exception as error:  # noqa: BLE001  which one it is, is what is compared
+    except Exception as error:  # noqa: BLE001  the errors are compared
         return type(error)
     return {name: output[name] for name in ("logits", "loss") if output.get(name) is not None}
 

@@ -171,7 +171,7 @@ def test_autocast_changes_nothing(attend):
 
 @each_implementation
 def test_zero_query_gives_the_plain_sum(attend):
-    """What makes a retrofit exact: weights of 1, whatever the norm and its eps."""
+    """A retrofit is exact because the weights are 1, for any norm and any eps."""
     _, key_norm, *sources = (tensor.detach() for tensor in inputs(7))
     output = attend(torch.zeros(16), key_norm, tuple(sources), "sum", 1.0)
     torch.testing.assert_close(output, sum(sources), rtol=2e-7, atol=0)

@@ -1,4 +1,4 @@
-"""The links, code and commands of every README. What the commands do is tested by the tests of their scripts."""
+"""The links, code and commands of every README. The tests of the scripts run the commands."""
 
 import ast
 import re

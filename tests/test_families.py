@@ -174,7 +174,7 @@ def test_checkpoints_keep_the_base_s_layout(family, tmp_path, tokens):
     attn_res = {name for name in model.state_dict() if name.endswith((".query", ".key_norm"))}
     assert attn_res == saved.keys() - expected.keys()
 
-    # What was trained is there again
+    # The trained values are there again
     randomize_depth_attention(model).save_pretrained(tmp_path / "trained")
     trained, info = AutoModelForCausalLM.from_pretrained(tmp_path / "trained", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]

@@ -1,6 +1,6 @@
 """
 Properties of the conversion for arbitrary bases and arbitrary content of their files. `pytest --thorough` tries more
-examples, and HypoFuzz goes on for as long as it may, guided by coverage (README.md).
+examples. HypoFuzz runs for any time, guided by coverage (README.md).
 """
 
 import json
@@ -54,7 +54,7 @@ def random_bases(draw):
     ),
 )
 def test_any_base(base, options):
-    """A retrofit computes what its base computes, and revert gives the base back, also after transformers saved it."""
+    """A retrofit computes the same as its base, and revert gives the base back, also after transformers saved it."""
     family, fields, dtype, shard_size, has_head = base
     model = tiny_base(family, **fields).to(dtype)
     with tempfile.TemporaryDirectory() as work:

@@ -52,7 +52,7 @@ def was_read(file):
 
 @pytest.fixture
 def secret(tmp_path):
-    """A file that nobody may open. `was_read(secret)` tells whether anybody did, by whatever means."""
+    """A file that no code may open. `was_read(secret)` tells whether any code opened it."""
     (tmp_path / "elsewhere").mkdir()
     file = tmp_path / "elsewhere" / "secret"
     file.write_text('{"a": "secret"}')
@@ -424,7 +424,7 @@ def test_pickles_are_never_unpickled_and_code_is_never_run(base, tmp_path, monke
     ran = tmp_path / "ran"
     add_malice(base, ran)
     pickle.loads((base / "pytorch_model.bin").read_bytes()).close()
-    assert ran.exists(), "what is unpickled shows"
+    assert ran.exists(), "an opened pickle is noticed"
     ran.unlink()
     monkeypatch.chdir(base)
     with pytest.warns(UserWarning, match="model code of its own.*llama computes in transformers"):
@@ -465,7 +465,7 @@ def touched(function, *arguments):
 
 
 def test_nothing_is_written_but_the_output_and_nothing_is_sent(base, tmp_path):
-    # Imports what is imported when it is first needed
+    # Imports the modules that are imported at their first use
     there_and_back(base, tmp_path)
     work = tmp_path / "work"
     work.mkdir()

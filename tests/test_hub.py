@@ -27,7 +27,7 @@ from helpers import (
 from modeling_attnres.conversion import push, retrofit
 
 
-pytest.importorskip("uvicorn", reason="`pip install transformers[serving]` brings what the stand-in needs")
+pytest.importorskip("uvicorn", reason="`pip install transformers[serving]` installs the packages of the stand-in")
 from hub_stand_in import USER, running_hub  # noqa: E402
 
 
@@ -185,7 +185,7 @@ def test_models_and_adapters_push_themselves(hub, tmp_path):
     assert "attnres" in metadata(card)["tags"] and "# By hand" in card
     assert hub.private == {adapter}, "one that was there stays public"
 
-    # The tokenizer is no part of a model
+    # `model.push_to_hub` does not upload the tokenizer
     hub.repositories[model] |= {path: c for path, c in file_bytes(output).items() if path.startswith("token")}
     base_logits = tiny_base("llama")(INPUT_IDS).logits
     torch.testing.assert_close(logits_without_the_package(hub, model, tmp_path), base_logits, rtol=0, atol=1e-5)

@@ -296,7 +296,7 @@ def test_the_ablation(page, inspection):
 @in_a_browser
 def test_it_asks_for_nothing_but_itself_and_logs_no_error(page):
     for log in ("performance", "browser"):
-        page.get_log(log)  # of what was open before
+        page.get_log(log)  # drops the entries of earlier pages
     page.refresh()
     requests = [
         message["params"]["request"]["url"]

@@ -1,4 +1,4 @@
-"""What a Hugging Face causal language model does, AttnRes does: against the base at zero queries, or against itself
+"""AttnRes models behave as Hugging Face causal language models: against the base at zero queries, or against itself
 with trained ones where the two ways have to agree."""
 
 import copy
@@ -307,7 +307,7 @@ def test_embeddings_can_be_resized(base, tokens):
 @both_types
 @torch.no_grad()
 def test_under_autocast_it_is_as_near_to_float32_as_the_base(attn_res, tokens):
-    """Trainer's `bf16=True`: what the base adds up in float32, block sums add up in float32."""
+    """Trainer's `bf16=True`. Block sums are in float32, as the residual stream of the base is."""
     base = tiny_base("llama", hidden_size=128, num_hidden_layers=12)
     model = attnres_of(base, **attn_res)
     exact = base(**tokens).logits
@@ -349,7 +349,7 @@ def test_compiles_without_a_graph_break(base, attn_res, implementation, tokens):
 
 
 def test_compiles_in_a_process_where_nothing_ran_before():
-    """What a first eager forward pass would have looked up must not be needed."""
+    """Compilation must not need an eager forward pass before it."""
     code = """
 import torch
 from modeling_attnres import AttnResConfig, AttnResForCausalLM

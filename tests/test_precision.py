@@ -1,5 +1,5 @@
 """
-What half precision costs with depth: the distance from the same model in float64, next to the base's own.
+The error of half precision by depth: the distance from the same model in float64, next to that of the base.
 
 A part of it here; `python tests/test_precision.py` prints the table of the README.
 """
@@ -19,7 +19,7 @@ TYPES = {"block": {}, "full": {"attn_res_type": "full"}}
 def drift(model, dtype, input_ids):
     """Root mean square of the logits' error, as a part of the logits' own."""
     exact = model.double()(input_ids).logits
-    # What the weights lose is no matter of arithmetic: both have those of the dtype
+    # Both models have the weights in the dtype, so the rounding of the weights does not count
     return ((model.to(dtype)(input_ids).logits.double() - exact).square().mean() / exact.square().mean()).sqrt().item()
 
 

@@ -133,7 +133,7 @@ print("seen:", seen)
 def test_the_code_that_travels_opens_nothing_and_sends_nothing(output, tmp_path):
     """While it is imported, makes a model, trains and generates."""
     assert run_isolated(AUDITED, output, tmp_path)[-1] == "seen: []"
-    # The hook sees what it should
+    # The hook works
     with (output / "depth_attention.py").open("a") as file:
         file.write("\n\ndef peep():\n    open('/etc/hostname').close()\n\n\npeep()\n")
     assert "/etc/hostname" in run_isolated(AUDITED, output, tmp_path)[-1]

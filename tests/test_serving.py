@@ -1,4 +1,4 @@
-"""What transformers serves and runs by itself: `transformers serve` and `chat`, pipelines, assisted generation."""
+"""Serving by transformers itself: `transformers serve` and `chat`, pipelines, assisted generation."""
 
 import json
 import os
@@ -45,7 +45,7 @@ def greedy(model, inputs, **options):
 
 @pytest.fixture(scope="module")
 def expected(trained_folder, smollm2_folder):
-    """What `generate` answers, by question; the base answers otherwise."""
+    """The answers of `generate` by question. Those of the base differ."""
     tokenizer = AutoTokenizer.from_pretrained(trained_folder)
     texts, base_texts = (
         {
@@ -60,7 +60,7 @@ def expected(trained_folder, smollm2_folder):
 
 def test_transformers_serve_and_chat(trained_folder, expected, tmp_path):
     for package in ("fastapi", "uvicorn", "openai"):
-        pytest.importorskip(package, reason="`pip install transformers[serving]` brings what a server needs")
+        pytest.importorskip(package, reason="`pip install transformers[serving]` installs the packages of a server")
     options = ("--dtype", "float32", "--device", "cpu")
     with served(
         sys.executable,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 VLLM_PYTHON = os.environ.get("ATTNRES_VLLM_PYTHON")
 SCRIPT = Path(__file__).parents[1] / "examples" / "serving" / "vllm_generate.py"
-# What the test run sets for itself
+# Variables that the test run sets for itself
 FOREIGN = ("PYTHONPATH", "OMP_NUM_THREADS", "TRANSFORMERS_VERBOSITY")
 
 
@@ -19,7 +19,7 @@ def environment(work: Path) -> dict[str, str]:
 
 
 def run_jobs(jobs: list[dict], work: Path, timeout: int = 1800, **variables: str) -> tuple[list[dict], str]:
-    """The results of `vllm_generate.py`, and what it wrote to the terminal."""
+    """The results of `vllm_generate.py`, and its output."""
     files = work / "jobs.json", work / "results.json"
     files[0].write_text(json.dumps(jobs))
     files[1].unlink(missing_ok=True)

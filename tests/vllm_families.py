@@ -63,7 +63,7 @@ def main():
                 options = {**OPTIONS, "model_impl": "transformers" if kind == "base" else "auto"}
                 jobs.append(job(Path(work) / family / kind, prompts, MAX_TOKENS, **options))
                 expected.append(greedy(own, prompts))
-        # One process for all engines: starting one takes longer than what it has to do
+        # One process for all engines, since its start takes longer than its work
         results, log = run_jobs(jobs, Path(work), timeout=3600, VLLM_ENABLE_V1_MULTIPROCESSING="0")
     print(log, file=sys.stderr)
     cells = [cell(result, tokens) for result, tokens in zip(results, expected)]

@@ -18,20 +18,24 @@ from plot_training import COLORS, MARKERS, plt, spread
 from pretrain import SWEEP_LENGTH
 
 
-def fit(lengths, losses) -> tuple[float, float, float]:
-    """E, A and b of the curve."""
-    fits = []
-    for b in np.linspace(0.02, 2, 199):
-        design = np.stack([np.ones(len(lengths)), np.power(lengths, -b)], 1)
-        (e, a), *_ = np.linalg.lstsq(design, losses)
-        fits.append((np.square(design @ [e, a] - losses).sum(), e, a, b))
-    return min(fits)[1:]
+def fit(lengths, losses) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """E, A and b of the curve through `losses`, `(..., lengths)`. Each is an array of shape `(...)`."""
+    exponents = np.linspace(0.02, 2, 199)
+    powers = np.power(lengths, -exponents[:, None])
+    designs = np.stack([np.ones_like(powers), powers], -1)
+    # For each exponent the best E and A
+    coefficients = np.einsum("bkn,...n->b...k", np.linalg.pinv(designs), losses)
+    errors = np.square(np.einsum("bnk,b...k->b...n", designs, coefficients) - losses).sum(-1)
+    best = errors.argmin(0)
+    e, a = np.moveaxis(np.take_along_axis(coefficients, best[None, ..., None], 0)[0], -1, 0)
+    return e, a, exponents[best]
 
 
-def needed_length(curve: tuple[float, float, float], loss: float) -> float:
+def needed_length(curve: tuple[np.ndarray, np.ndarray, np.ndarray], loss: np.ndarray) -> np.ndarray:
     """The length at which the curve has this loss. Infinite if it ends above it."""
     e, a, b = curve
-    return ((loss - e) / a) ** (-1 / b) if loss > e else np.inf
+    with np.errstate(invalid="ignore"):
+        return np.where(loss > e, ((loss - e) / a) ** (-1 / b), np.inf)
 
 
 def read(file: Path) -> tuple[dict, dict]:
@@ -81,11 +85,10 @@ def multiplier(chosen: dict, width: int, length: float, arm: str) -> np.ndarray 
     deviation = np.sqrt(sum(np.square(group - group.mean()).sum() for group in groups) / freedom)
     means = np.array([finals(group).mean() for group in base.values()])
     errors = deviation / np.sqrt([len(group) for group in base.values()])
-    random, draws = np.random.default_rng(0), []
-    for scale in [0.0] + [1.0] * 1000:
-        curve = fit(list(base), means + scale * errors * random.standard_normal(len(means)))
-        loss = runs.mean() + scale * deviation / np.sqrt(len(runs)) * random.standard_normal()
-        draws.append(needed_length(curve, loss) / length)
+    noise = np.random.default_rng(0).standard_normal((1001, len(means) + 1))
+    noise[0] = 0
+    curves = fit(list(base), means + errors * noise[:, :-1])
+    draws = needed_length(curves, runs.mean() + deviation / np.sqrt(len(runs)) * noise[:, -1]) / length
     return np.array([draws[0], *np.quantile(draws[1:], [0.025, 0.975], method="nearest")])
 
 

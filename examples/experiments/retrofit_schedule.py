@@ -21,8 +21,8 @@ from text import sample
 from training import record, train
 from transformers import AutoModelForCausalLM
 
-from modeling_attnres import ATTN_RES_MODULES
 from modeling_attnres.conversion import retrofit
+from modeling_attnres.probing import depth_attentions
 
 
 # The length of the base's schedule
@@ -73,8 +73,9 @@ def main():
                 model = AutoModelForCausalLM.from_pretrained(checkpoint if "base" in arm else attnres)
                 if arm == "queries-first":
                     quarter = len(blocks) // row["batch_size"] // 4 * row["batch_size"]
-                    for name, parameter in model.named_parameters():
-                        parameter.requires_grad_(not set(ATTN_RES_MODULES).isdisjoint(name.split(".")))
+                    model.requires_grad_(False)
+                    for module in depth_attentions(model).values():
+                        module.requires_grad_(True)
                     continued(model, blocks.select(range(quarter)), held_out, row, rate)
                     model.requires_grad_(True)
                     rest = blocks.select(range(quarter, len(blocks)))

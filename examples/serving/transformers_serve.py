@@ -1,4 +1,4 @@
-"""`transformers serve` for AttnRes checkpoints. It takes what the command takes, and `transformers chat` talks to it:
+"""`transformers serve` for AttnRes checkpoints. It has the options of the command, and `transformers chat` talks to it:
 
     python examples/serving/transformers_serve.py CHECKPOINT --port 8000
     transformers chat CHECKPOINT http://localhost:8000

@@ -3,7 +3,7 @@
     $ATTNRES_VLLM_PYTHON examples/serving/vllm_generate.py jobs.json results.json
 
 `jobs.json` is a list of objects with `model` (a folder), `prompts` (lists of token ids), `max_tokens` and `options`
-(what `vllm.LLM` takes). With `adapter`, the folder of a LoRA, every second prompt is given to the model with the LoRA.
+(the arguments of `vllm.LLM`). With `adapter`, the folder of a LoRA, every second prompt uses the LoRA.
 The prompts of a job are given twice, so that the second time finds them in the prefix cache.
 `results.json` has for each job the `tokens` of both passes and how many `cached` ones the second found, or an `error`.
 """
