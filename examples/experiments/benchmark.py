@@ -54,6 +54,7 @@ SIZES = {
 def einsum_as_published(query, key_norm, sources, scale, eps):
     """The listing of the paper: all sources in one stack."""
     values = torch.stack(sources)
+    query, key_norm = query.to(values.dtype), key_norm.to(values.dtype)
     keys = torch.nn.functional.rms_norm(values, values.shape[-1:], key_norm, eps)
     weights = torch.einsum("d,n b t d -> n b t", query, keys).softmax(dim=0)
     output = torch.einsum("n b t, n b t d -> b t d", weights, values)

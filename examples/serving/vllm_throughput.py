@@ -3,7 +3,7 @@
     $ATTNRES_VLLM_PYTHON examples/serving/vllm_throughput.py BASE ATTNRES [ATTNRES ...] [--eager]
 
 All engines are up in one run and take turns. Prefill: long prompts, one token is generated for each. Decode: short
-prompts, many tokens are generated. Median over the rounds of the ratio to the base in the same round (least, greatest).
+prompts, many tokens are generated. Median over the rounds of the ratio to the base in the same round (min to max).
 """
 
 import argparse
