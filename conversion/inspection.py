@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from modeling_attnres.probing import depth_attentions, depth_sources, masked_sources, recorded_weights
 
-from .reading import ADAPTER_CONFIG, CONFIG, find_checkpoint, read_attnres, read_json
+from .reading import ADAPTER_CONFIG, find_checkpoint, read_adapter, read_attnres
 
 
 TEXT = """The river comes down from the hills in spring, when the snow melts, and for some weeks the lower fields stand
@@ -156,13 +156,10 @@ def inspect_checkpoint(
         `ValueError`: not an AttnRes causal language model, no tokenizer, a text of fewer than two tokens, or a model
             that has diverged.
     """
-    folder = source = find_checkpoint(checkpoint, revision)
-    is_adapter = (source / ADAPTER_CONFIG).is_file() and not (source / CONFIG).is_file()
-    if is_adapter:
-        folder = find_checkpoint(read_json(source / ADAPTER_CONFIG)["base_model_name_or_path"])
-        if not (source / "adapter_model.safetensors").is_file():
-            raise FileNotFoundError(f"{source} has no adapter_model.safetensors.")
-    architecture = read_attnres(folder).architecture
+    source = find_checkpoint(checkpoint, revision)
+    is_adapter = (source / ADAPTER_CONFIG).is_file()
+    model_files = read_adapter(source)[1] if is_adapter else read_attnres(source)
+    folder, architecture = model_files.folder, model_files.architecture
     if not architecture.endswith("ForCausalLM"):
         raise ValueError(f"{folder} is a {architecture}, but only a causal language model can be inspected.")
     if not any(folder.glob("token*")):

@@ -1,21 +1,25 @@
 # Copyright 2026 The modeling_attnres authors. Licensed under the Apache License, Version 2.0.
-"""The model card: base, license, how to load the model, how it was made."""
+"""The model card of a retrofit, and of a checkpoint or an adapter that is trained from one."""
 
+import os
 import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import ModelCard
 
+import modeling_attnres
 from modeling_attnres import AttnResConfig
 
-from .reading import CARD
+from .reading import ADAPTER_CONFIG, CARD, find_checkpoint, read_adapter, read_attnres, read_config, read_json
 
 
 # The card in a folder does not know the name of its repository yet; `push` does
 PLACEHOLDER = "path/to/this/checkpoint"
+_LICENSE = ("license", "license_name", "license_link")
+_HEADING = "## Attention Residuals"
 # The name of each Auto class's task on the Hub
 _TASKS = {
     "AutoModel": "feature-extraction",
@@ -25,53 +29,112 @@ _TASKS = {
 }
 
 
-def license_of(folder: Path) -> dict[str, Any]:
-    """The license in the metadata of the card in this folder."""
+def card(folder: str | Path, base: str | Path | None = None) -> Path:
+    r"""
+    Completes the model card of a trained AttnRes checkpoint or of a PEFT adapter for one, or writes it. The text that
+    training tools wrote is kept. Base, license, tags and a section about the depth attention are added.
+
+    Args:
+        folder (`str` or `Path`): folder of the checkpoint or adapter.
+        base (`str` or `Path`, *optional*):
+            folder or Hub id of the model that was trained. The default is in the adapter or in the card.
+
+    Returns:
+        `Path`: the card.
+
+    Raises:
+        `FileNotFoundError`: as for [`retrofit`].
+        `ValueError`: neither an AttnRes checkpoint nor an adapter for one, a base that is not known, or a card whose
+            metadata cannot be read.
+    """
+    path, is_adapter = Path(folder) / CARD, (Path(folder) / ADAPTER_CONFIG).is_file()
+    checkpoint = read_adapter(folder, base)[1] if is_adapter else read_attnres(folder)
+    try:
+        card = ModelCard.load(path) if path.is_file() else ModelCard("---\n\n---\n")
+    except Exception as error:  # noqa: BLE001  the YAML parser's own errors, and others
+        raise ValueError(f"The metadata of {path} cannot be read: {error}") from error
+    if base is None:
+        base = (
+            read_json(path.with_name(ADAPTER_CONFIG))["base_model_name_or_path"] if is_adapter else card.data.base_model
+        )
+        if not isinstance(base, str):
+            raise ValueError(f"{path} does not name the model that was trained: give it as the base (`base`, --base).")
+    metadata = read_metadata(find_checkpoint(base, only=CARD))
+    if not os.path.isdir(base):
+        metadata["base_model"] = base
+    auto_class = getattr(modeling_attnres, checkpoint.architecture)._auto_class
+    _complete(card, read_config(checkpoint), auto_class, metadata, is_adapter)
+    partial = path.with_name(f".{CARD}.partial")
+    card.save(partial)
+    return partial.replace(path)
+
+
+def read_metadata(folder: Path) -> dict[str, Any]:
+    """Base model and license in the card in this folder."""
     path = folder / CARD
     if not path.is_file():
         return {}
     try:
-        metadata = ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=True).data.to_dict()
+        data = ModelCard.load(path, ignore_metadata_errors=True).data
     except Exception as error:  # noqa: BLE001  the YAML parser's own errors, and others
         warnings.warn(f"The metadata of {path} cannot be read: {error} The new card has no license.", stacklevel=4)
         return {}
-    return {key: metadata[key] for key in ("license", "license_name", "license_link") if key in metadata}
+    return {key: data.get(key) for key in ("base_model", *_LICENSE)}
 
 
 def model_card(
-    config: AttnResConfig, auto_class: str, base: str, base_id: str | None, license: dict[str, Any], command: str
+    config: AttnResConfig, auto_class: str, base: str, base_id: str | None, metadata: dict[str, Any], command: str
 ) -> str:
     """The card of a retrofit. All of it stays true when the retrofit is trained."""
-    data = ModelCardData(
-        base_model=base_id, library_name="transformers", pipeline_tag=_TASKS[auto_class], tags=["attnres"], **license
-    )
-    sources = "each sublayer's output"
-    if config.attn_res_type == "block":
-        sources = f"blocks of {config.attn_res_block_size} decoder layers"
     exact = "computed" if config.attn_res_scale == "sum" else "did not compute"
-    return f"""---
-{data.to_yaml()}
+    card = ModelCard(f"""---
+
 ---
 
 # {base} with Attention Residuals
 
-{f"[{base}](https://huggingface.co/{base_id})" if base_id else base} with [Attention Residuals](https://arxiv.org/abs/2603.15031)
-in place of its residual connections: each sublayer attends over depth. Sources: {sources}; scale:
-`{config.attn_res_scale}`.
-
-## How to load it
-
-```python
-from transformers import {auto_class}, AutoTokenizer
-
-model = {auto_class}.from_pretrained("{PLACEHOLDER}", trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained("{PLACEHOLDER}", trust_remote_code=True)
-```
-
-## How it was made
+Base: {f"[{base}](https://huggingface.co/{base_id})" if base_id else base}. Made by
 
 `{command}`
 
 At that time its weights were those of the base, its queries were zero, and it {exact} what the base computes. Trained
 queries are not zero any more (`attnres inspect`). torch {torch.__version__}, transformers {transformers.__version__}.
+""")
+    _complete(card, config, auto_class, {**metadata, "base_model": base_id})
+    return str(card)
+
+
+def _complete(
+    card: ModelCard, config: AttnResConfig, auto_class: str, metadata: dict[str, Any], is_adapter: bool = False
+) -> None:
+    """Adds what is missing: base and license from `metadata`, and a section about the depth attention."""
+    data = card.data
+    # Training tools write the path of a local base
+    data.base_model = metadata.get("base_model")
+    if data.license is None:
+        vars(data).update({key: metadata.get(key) for key in _LICENSE})
+    data.library_name = data.library_name or ("peft" if is_adapter else "transformers")
+    data.pipeline_tag = data.pipeline_tag or _TASKS.get(auto_class)
+    data.tags = sorted({*(data.tags or []), "attnres"})
+    if _HEADING in card.text:
+        return
+    sources = "each sublayer's output"
+    if config.attn_res_type == "block":
+        sources = f"blocks of {config.attn_res_block_size} decoder layers"
+    package, loader = "transformers", auto_class
+    if is_adapter:
+        package, loader = "peft", f"AutoPeft{auto_class.removeprefix('Auto')}"
+    card.text += f"""
+{_HEADING}
+
+[Attention Residuals](https://arxiv.org/abs/2603.15031) are in place of the residual connections of `{config.base_model_type}`:
+each sublayer attends over depth. Type: {config.attn_res_type} (sources: {sources}); scale: `{config.attn_res_scale}`.
+
+```python
+from {package} import {loader}
+from transformers import AutoTokenizer
+
+model = {loader}.from_pretrained("{PLACEHOLDER}", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained("{PLACEHOLDER}", trust_remote_code=True)
+```
 """

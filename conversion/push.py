@@ -7,7 +7,7 @@ from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HTTPError
 
 from .model_card import PLACEHOLDER
-from .reading import CARD, CONFIG, INDEX, read_attnres
+from .reading import CARD, CONFIG, INDEX, other_files, read_attnres
 
 
 def push(checkpoint: str | Path, name: str, *, private: bool = False) -> str:
@@ -30,8 +30,8 @@ def push(checkpoint: str | Path, name: str, *, private: bool = False) -> str:
     files = read_attnres(checkpoint)
     card = files.folder / CARD
     if not card.is_file():
-        raise FileNotFoundError(f"{files.folder} has no {CARD}: copy that of its retrofit, which stays true.")
-    paths = [CONFIG, *files.shards, *(str(path) for path in files.other_files() if str(path) != CARD)]
+        raise FileNotFoundError(f"{files.folder} has no {CARD}: `attnres card {files.folder}` writes one.")
+    paths = [CONFIG, *files.shards, *(str(path) for path in other_files(files.folder) if str(path) != CARD)]
     if (files.folder / INDEX).is_file():
         paths.append(INDEX)
     try:

@@ -16,6 +16,8 @@ from typing import Any
 from huggingface_hub import errors, snapshot_download
 from safetensors import SafetensorError, safe_open
 
+from modeling_attnres import AttnResConfig
+
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
@@ -23,6 +25,7 @@ SINGLE_SHARD = "model.safetensors"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 # Older tokenizers kept their special tokens here, and transformers adds them to the tokenizer's configuration
 SPECIAL_TOKENS = "special_tokens_map.json"
+ADAPTER = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 CARD = "README.md"
 NEW_TENSOR = re.compile(r"(^|\.)layers\.\d+\.\w+_res\.(query|key_norm)$")
@@ -54,21 +57,22 @@ class Checkpoint:
         default = "AttnResForCausalLM" if self.config["model_type"] == "attnres" else "ForCausalLM"
         return (self.config.get("architectures") or [default])[0]
 
-    def other_files(self) -> list[Path]:
-        """The files beside config.json, index and weights (tokenizer, license, …), relative to the folder."""
-        files = (path.relative_to(self.folder) for path in sorted(self.folder.rglob("*")) if path.is_file())
-        return [
-            file
-            for file in files
-            if not any(part.startswith(".") for part in file.parts)
-            and not any(folder.match(pattern) for folder in file.parents for pattern in _FOLDERS_LEFT_BEHIND)
-            and not any(file.match(pattern) for pattern in (*_LEFT_BEHIND, "*.safetensors"))
-            and str(file) not in (CONFIG, INDEX)
-        ]
+
+def other_files(folder: Path) -> list[Path]:
+    """The files beside configuration, index and weights (tokenizer, license, …), relative to the folder."""
+    files = (path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file())
+    return [
+        file
+        for file in files
+        if not any(part.startswith(".") for part in file.parts)
+        and not any(parent.match(pattern) for parent in file.parents for pattern in _FOLDERS_LEFT_BEHIND)
+        and not any(file.match(pattern) for pattern in (*_LEFT_BEHIND, "*.safetensors"))
+        and str(file) not in (CONFIG, INDEX, ADAPTER_CONFIG)
+    ]
 
 
-def find_checkpoint(source: str | Path, revision: str | None = None) -> Path:
-    """The folder of a checkpoint: a local folder as it is, or the files of a Hub id in the Hub cache."""
+def find_checkpoint(source: str | Path, revision: str | None = None, only: str | None = None) -> Path:
+    """The folder of a checkpoint: a local folder as it is, or the files (or `only` one) of a Hub id in the Hub cache."""
     source = str(source)
     if os.path.isdir(source):
         if revision is not None:
@@ -76,7 +80,7 @@ def find_checkpoint(source: str | Path, revision: str | None = None) -> Path:
         return Path(source)
     try:
         patterns = [*_LEFT_BEHIND, "original/*", "consolidated*"]
-        return Path(snapshot_download(source, revision=revision, ignore_patterns=patterns))
+        return Path(snapshot_download(source, revision=revision, allow_patterns=only, ignore_patterns=patterns))
     except errors.RevisionNotFoundError as error:
         raise FileNotFoundError(f"{source} has no revision {revision!r} on the Hub.") from error
     except (ConnectionError, FileNotFoundError, ValueError, errors.HTTPError) as error:
@@ -94,6 +98,27 @@ def read_attnres(source: str | Path, revision: str | None = None) -> Checkpoint:
     return checkpoint
 
 
+def read_adapter(
+    source: str | Path, base: str | Path | None = None, revision: str | None = None
+) -> tuple[Path, Checkpoint]:
+    """The folder of a PEFT adapter, and the AttnRes checkpoint that it belongs to: `base`, or else the recorded one."""
+    folder = find_checkpoint(source, revision)
+    if not (folder / ADAPTER_CONFIG).is_file():
+        raise ValueError(f"{folder} is not a PEFT adapter: it has no {ADAPTER_CONFIG}.")
+    if not (folder / ADAPTER).is_file():
+        raise FileNotFoundError(f"{folder} has no {ADAPTER}.")
+    _check_files(folder)
+    config = read_json(folder / ADAPTER_CONFIG)
+    recorded = config.get("base_model_name_or_path") if isinstance(config, dict) else None
+    try:
+        return folder, read_attnres(base or recorded or "")
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"The base of {folder} was not found: {error} Correct `base_model_name_or_path` ({recorded!r}) in its "
+            f"{ADAPTER_CONFIG}, or give another base (--base of `attnres merge` and `attnres card`)."
+        ) from error
+
+
 def read_checkpoint(source: str | Path, revision: str | None = None) -> Checkpoint:
     """
     Reads config.json and the header of every shard, and checks that each shard is whole.
@@ -103,15 +128,13 @@ def read_checkpoint(source: str | Path, revision: str | None = None) -> Checkpoi
         `ValueError`: a file is damaged, has other content than its name says, or is a link out of the folder.
     """
     folder = find_checkpoint(source, revision)
-    for path in sorted(folder.rglob("*")):
-        if path.is_symlink() and leads_out_of(folder, path):
-            raise ValueError(f"{path} is a link out of the folder, to {os.path.realpath(path)}: copy it instead.")
     if (folder / ADAPTER_CONFIG).exists():
         raise ValueError(
-            f"{folder} holds a PEFT adapter: merge it into its base (`merge_and_unload`, then `save_pretrained`) and "
-            "use the merged checkpoint."
+            f"{folder} holds a PEFT adapter: merge it into its base (`attnres merge`, or PEFT's `merge_and_unload` and "
+            "`save_pretrained`), and use the merged checkpoint."
         )
     stamps = file_stamps(folder)
+    _check_files(folder)
     if not any(folder.glob("*.safetensors")) and (gguf := sorted(folder.glob("*.gguf"))):
         raise ValueError(
             f"{folder} holds its weights in a GGUF file: load it with `AutoModelForCausalLM.from_pretrained(FOLDER, "
@@ -119,9 +142,6 @@ def read_checkpoint(source: str | Path, revision: str | None = None) -> Checkpoi
         )
     config = read_json(folder / CONFIG)
     _check_config(config, folder / CONFIG)
-    for name in (TOKENIZER_CONFIG, SPECIAL_TOKENS):
-        if (folder / name).is_file():
-            _check_tokenizer_config(read_json(folder / name), folder / name)
     if (folder / SINGLE_SHARD).is_file():
         shards = {SINGLE_SHARD: read_header(folder / SINGLE_SHARD)}
     elif (folder / INDEX).is_file():
@@ -145,10 +165,29 @@ def read_checkpoint(source: str | Path, revision: str | None = None) -> Checkpoi
     return checkpoint
 
 
+def read_config(checkpoint: Checkpoint) -> AttnResConfig:
+    """The configuration of an AttnRes checkpoint, or a base's as an AttnRes configuration."""
+    try:
+        return AttnResConfig.from_dict(checkpoint.config)
+    except Exception as error:  # noqa: BLE001  an untrusted file: transformers may fail on it anywhere
+        # A validator wraps its error
+        reason = error.__cause__ or error
+        raise ValueError(f"{checkpoint.folder / CONFIG} is not a valid configuration: {reason}") from error
+
+
 def file_stamps(folder: Path) -> dict[Path, tuple[int, ...]]:
     """Inode, size and time of the last change of each file: they differ after a file was written to."""
     files = {path: path.stat() for path in folder.rglob("*") if path.is_file()}
     return {path: (stat.st_ino, stat.st_size, stat.st_mtime_ns) for path, stat in files.items()}
+
+
+def _check_files(folder: Path) -> None:
+    for path in sorted(folder.rglob("*")):
+        if path.is_symlink() and leads_out_of(folder, path):
+            raise ValueError(f"{path} is a link out of the folder, to {os.path.realpath(path)}: copy it instead.")
+    for name in (TOKENIZER_CONFIG, SPECIAL_TOKENS):
+        if (folder / name).is_file():
+            _check_tokenizer_config(read_json(folder / name), folder / name)
 
 
 def leads_out_of(folder: Path, path: Path) -> bool:

@@ -20,7 +20,7 @@ import modeling_attnres
 from modeling_attnres import AttnResConfig
 from modeling_attnres.configuration_attnres import ATTN_RES_FIELDS, AUTO_MAP, WIDTH_AT_TEMPERATURE_1
 
-from .model_card import license_of, model_card
+from .model_card import model_card, read_metadata
 from .reading import (
     CARD,
     CONFIG,
@@ -28,7 +28,9 @@ from .reading import (
     NEW_TENSOR,
     TOKENIZER_CONFIG,
     Checkpoint,
+    other_files,
     read_checkpoint,
+    read_config,
     read_json,
 )
 from .writing import check_copy, new_folder, place_files, shard_name, write_index, write_json
@@ -81,7 +83,7 @@ def retrofit(
         config_json["tokenizer_class"] = tokenizer_class
     card = _card(base, source, config, config_json["architectures"][0])
     # Listed before anything is written: a file that vanishes in the meantime is an error
-    others = [file for file in source.other_files() if str(file) not in ours]
+    others = [file for file in other_files(source.folder) if str(file) not in ours]
     replaced = [name for name in sorted(ours) if (source.folder / name).is_file()]
 
     with new_folder(Path(output), source.folder) as folder:
@@ -111,16 +113,6 @@ def summary(folder: Path) -> str:
     sources = "each sublayer's output" if config.attn_res_type == "full" else f"{-(-layers // size)} blocks of {size}"
     share = f"{new:,} new parameters ({new / sum(sizes.values()):.2%})"
     return f"{config.base_model_type}, {layers} layers, {config.attn_res_type} ({sources}), {share}"
-
-
-def read_config(checkpoint: Checkpoint) -> AttnResConfig:
-    """The configuration of an AttnRes checkpoint, or a base's as an AttnRes configuration."""
-    try:
-        return AttnResConfig.from_dict(checkpoint.config)
-    except Exception as error:  # noqa: BLE001  an untrusted file: transformers may fail on it anywhere
-        # A validator wraps its error
-        reason = error.__cause__ or error
-        raise ValueError(f"{checkpoint.folder / CONFIG} is not a valid configuration: {reason}") from error
 
 
 def code_files() -> list[Path]:
@@ -262,4 +254,4 @@ def _card(base: str | Path, source: Checkpoint, config: AttnResConfig, architect
         # The Hub cache names a folder by its commit
         command += ["--revision", source.folder.name]
     auto_class = getattr(modeling_attnres, architecture)._auto_class
-    return model_card(config, auto_class, name, hub_id, license_of(source.folder), shlex.join(command))
+    return model_card(config, auto_class, name, hub_id, read_metadata(source.folder), shlex.join(command))

@@ -18,10 +18,12 @@ from .reading import (
     NEW_TENSOR,
     SINGLE_SHARD,
     Checkpoint,
+    other_files,
     read_attnres,
+    read_config,
     read_weight_map,
 )
-from .retrofit import REPLACED, code_files, read_config
+from .retrofit import REPLACED, code_files
 from .writing import check_copy, new_folder, place_files, write_index, write_json
 
 
@@ -55,7 +57,7 @@ def revert(attnres: str | Path, output: str | Path, *, force: bool = False, revi
     # Listed before anything is written: a file that vanishes in the meantime is an error
     replaced = [file for file in (checkpoint.folder / REPLACED).glob("*") if names and file.suffix != ".safetensors"]
     ours = {CARD, REPLACED, *(file.name for file in (*code_files(), *replaced))}
-    others = [file for file in checkpoint.other_files() if file.parts[0] not in ours]
+    others = [file for file in other_files(checkpoint.folder) if file.parts[0] not in ours]
     config_json = None if names else _base_config_json(checkpoint)
     names = names or ([SINGLE_SHARD] if len(shards) == 1 else sorted(shards))
 

@@ -167,13 +167,6 @@ def arch_config_convertor(hf_config, hf_text_config, **kwargs) -> ModelArchConfi
     return convertor
 
 
-MERGE = (
-    "import sys, modeling_attnres, peft, transformers; model, adapter, merged = sys.argv[1:]; "
-    "model = transformers.AutoModelForCausalLM.from_pretrained(model); "
-    "peft.PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(merged)"
-)
-
-
 def refusing_depth_attention(validate_legal: Callable) -> Callable:
     """vLLM loads only LoRA weights for a request, and no other modules."""
 
@@ -183,8 +176,7 @@ def refusing_depth_attention(validate_legal: Callable) -> Callable:
         if trained:
             raise ValueError(
                 f"The adapter also trains the depth attention (`modules_to_save` is {trained}), which vLLM cannot load "
-                f"as an adapter. Merge it into its model first, and serve the merged one (`--tokenizer MODEL`):\n"
-                f'python -c "{MERGE}" MODEL ADAPTER MERGED'
+                "as an adapter. Merge it into its model first, and serve the merged one: `attnres merge ADAPTER MERGED`"
             )
         validate_legal(self, lora_config)
 

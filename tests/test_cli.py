@@ -10,7 +10,7 @@ import pytest
 from helpers import attnres, file_bytes, invoke_attnres, save_base
 
 
-COMMANDS = ("retrofit", "verify", "revert", "inspect", "push")
+COMMANDS = ("retrofit", "verify", "revert", "merge", "card", "inspect", "push")
 
 
 def test_there_and_back(tmp_path):

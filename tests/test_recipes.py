@@ -71,7 +71,7 @@ def test_trl(folder):
 
 
 def test_peft(adapter):
-    exec(*recipe("PEFT"), {})
+    shell(*recipe("PEFT"))
     merged = AutoModelForCausalLM.from_pretrained("merged", trust_remote_code=True)
     inputs = AutoTokenizer.from_pretrained("merged")("One and two make", return_tensors="pt")
     torch.testing.assert_close(merged(**inputs).logits, adapter(**inputs).logits, rtol=0, atol=1e-4)

@@ -7,9 +7,7 @@ where there is an environment with vLLM (fifty minutes on two slow cores; vLLM c
 """
 
 import re
-import shlex
 import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -247,8 +245,8 @@ def test_vllm_says_how_to_merge_an_adapter_with_depth_attention(tmp_path):
     (result,), log = run_jobs([{**lora_job, "adapter": folders["ADAPTER"]}], tmp_path)
     assert "error" in result and "vLLM cannot load as an adapter. Merge it" in log, log[-8000:]
 
-    command = shlex.split(re.search(r"python (-c .+ MODEL ADAPTER MERGED)", log)[1])
-    subprocess.run([sys.executable, *(folders.get(word, word) for word in command)], check=True)
+    command = re.search(r"`(attnres merge ADAPTER MERGED)`", log)[1].split()
+    subprocess.run([folders.get(word, word) for word in command], check=True)
     (result,), log = run_jobs([{**lora_job, "model": folders["MERGED"]}], tmp_path)
     assert result["tokens"] == [expected, expected], log[-8000:]
 

@@ -121,6 +121,43 @@ def revert(
 
 
 @app.command()
+def merge(
+    adapter: Annotated[str, typer.Argument(help="Folder or Hub id of the PEFT adapter.")],
+    output: Output,
+    base: Annotated[str | None, typer.Option(help="Its AttnRes checkpoint.", show_default="as recorded")] = None,
+    revision: Revision = None,
+):
+    """
+    Merge a PEFT adapter into its AttnRes checkpoint, with a trained depth attention.
+
+    Example: attnres merge my-adapter merged
+    """
+    with errors_in_one_line():
+        from modeling_attnres.conversion import merge
+
+        merge(adapter, output, base=base, revision=revision)
+    typer.echo(f"Wrote {output}.")
+
+
+@app.command()
+def card(
+    folder: Annotated[Path, typer.Argument(help="Folder of a trained AttnRes checkpoint or of a PEFT adapter.")],
+    base: Annotated[str | None, typer.Option(help="The model that was trained.", show_default="as recorded")] = None,
+):
+    """
+    Complete the model card of a trained checkpoint or adapter.
+
+    Adds base, license and tags, and keeps the text.
+
+    Example: attnres card my-checkpoint --base qwen3-attnres
+    """
+    with errors_in_one_line():
+        from modeling_attnres.conversion import card
+
+        typer.echo(f"Wrote {card(folder, base)}.")
+
+
+@app.command()
 def inspect(
     checkpoint: Annotated[str, typer.Argument(help="Folder or Hub id of an AttnRes checkpoint or a PEFT adapter.")],
     text: Annotated[Path | None, typer.Option(help="Text file to run.", show_default="English", dir_okay=False)] = None,

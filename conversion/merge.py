@@ -1,0 +1,66 @@
+# Copyright 2026 The modeling_attnres authors. Licensed under the Apache License, Version 2.0.
+"""Merge: a PEFT adapter and its AttnRes checkpoint become one checkpoint."""
+
+import warnings
+from pathlib import Path
+
+from transformers import AutoTokenizer
+
+import modeling_attnres
+
+from .model_card import card
+from .reading import CARD, TOKENIZER_CONFIG, other_files, read_adapter
+from .retrofit import REPLACED
+from .writing import check_copy, new_folder, place_files
+
+
+def merge(
+    adapter: str | Path, output: str | Path, *, base: str | Path | None = None, revision: str | None = None
+) -> Path:
+    r"""
+    Merges a PEFT adapter into its AttnRes checkpoint, also with a depth attention that was trained in full
+    (`modules_to_save`). The model is loaded. Queries and key norms stay in float32, the other tensors in the base's
+    dtype. The tokenizer is the adapter's, if it has one.
+
+    Args:
+        adapter (`str` or `Path`): folder or Hub id of the adapter.
+        output (`str` or `Path`): folder to write, new or empty.
+        base (`str` or `Path`, *optional*): folder or Hub id of the checkpoint. The default is in the adapter.
+        revision (`str`, *optional*): branch, tag or commit of an adapter on the Hub.
+
+    Returns:
+        `Path`: the output.
+
+    Raises:
+        `FileNotFoundError`, `FileExistsError`: as for [`retrofit`].
+        `ValueError`: not an adapter, one that cannot be merged or does not fit, or the base is no AttnRes checkpoint or
+            is quantized.
+    """
+    from peft import PeftModel
+
+    folder, source = read_adapter(adapter, base, revision)
+    if source.config.get("quantization_config") is not None:
+        raise ValueError(f"{source.folder} is quantized: use the base before its quantization (`base`, --base).")
+    try:
+        # Never a pickle, even if one is in the folder
+        model_class = getattr(modeling_attnres, source.architecture)
+        model = model_class.from_pretrained(source.folder, dtype="auto", use_safetensors=True)
+        if (folder / TOKENIZER_CONFIG).is_file():
+            # As PEFT's Auto classes do for tokens that were added before the training
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+                model.resize_token_embeddings(len(tokenizer))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", "Found missing adapter keys")
+            model = PeftModel.from_pretrained(model, folder).merge_and_unload()
+    except Exception as error:  # noqa: BLE001  untrusted files: transformers and PEFT may fail on them anywhere
+        raise ValueError(f"{folder} cannot be merged into {source.folder}: {error}") from error
+    files = {file: source.folder / file for file in other_files(source.folder) if file.parts[0] != REPLACED}
+    files |= {file: folder / file for file in other_files(folder) if str(file) != CARD}
+
+    with new_folder(Path(output), source.folder) as partial:
+        place_files((path, partial / file) for file, path in files.items())
+        model.save_pretrained(partial)
+        card(partial, source.folder)
+        check_copy(source, partial, ())
+    return Path(output)
