@@ -47,7 +47,8 @@ def card(folder: str | Path, base: str | Path | None = None) -> Path:
         `ValueError`: neither an AttnRes checkpoint nor an adapter for one, a base that is not known, or a card whose
             metadata cannot be read.
     """
-    path, is_adapter = Path(folder) / CARD, (Path(folder) / ADAPTER_CONFIG).is_file()
+    path, adapter_config = Path(folder) / CARD, Path(folder) / ADAPTER_CONFIG
+    is_adapter = adapter_config.is_file()
     checkpoint = read_adapter(folder, base)[1] if is_adapter else read_attnres(folder)
     try:
         card = ModelCard.load(path) if path.is_file() else ModelCard("---\n\n---\n")
@@ -127,8 +128,8 @@ def _complete(
     card.text += f"""
 {_HEADING}
 
-[Attention Residuals](https://arxiv.org/abs/2603.15031) are in place of the residual connections of `{config.base_model_type}`:
-each sublayer attends over depth. Type: {config.attn_res_type} (sources: {sources}); scale: `{config.attn_res_scale}`.
+In place of residual connections, each sublayer attends over depth ([arXiv 2603.15031](https://arxiv.org/abs/2603.15031)).
+Type: {config.attn_res_type} (sources: {sources}); scale: `{config.attn_res_scale}`.
 
 ```python
 from {package} import {loader}

@@ -72,7 +72,7 @@ def other_files(folder: Path) -> list[Path]:
 
 
 def find_checkpoint(source: str | Path, revision: str | None = None, only: str | None = None) -> Path:
-    """The folder of a checkpoint: a local folder as it is, or the files (or `only` one) of a Hub id in the Hub cache."""
+    """A local folder as it is, or the files (or `only` one) of a Hub id in the Hub cache."""
     source = str(source)
     if os.path.isdir(source):
         if revision is not None:

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import threading
 import urllib.error
@@ -15,6 +16,7 @@ from helpers import (
     INPUT_IDS,
     attnres,
     file_bytes,
+    invoke_attnres,
     run_isolated,
     run_python,
     save_base,
@@ -23,7 +25,12 @@ from helpers import (
     tiny_base,
     tiny_base_config,
 )
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl.trainer.utils import generate_model_card
 
+from modeling_attnres import ATTN_RES_MODULES
+from modeling_attnres.conversion import card as complete_card
 from modeling_attnres.conversion import push, retrofit
 
 
@@ -241,10 +248,43 @@ def test_a_checkpoint_without_a_card_and_a_base_are_not_pushed(tmp_path):
     base = save_base(tmp_path / "base")
     output = retrofit(base, tmp_path / "attnres")
     (output / "README.md").unlink()
-    with pytest.raises(FileNotFoundError, match="has no README.md: copy that of its retrofit, which stays true"):
+    with pytest.raises(FileNotFoundError, match="has no README.md: `attnres card .*attnres` writes one"):
         push(output, NAME)
     with pytest.raises(ValueError, match="is not an AttnRes checkpoint: its `model_type` is 'llama'"):
         push(base, NAME)
+
+
+@pytest.mark.parametrize("kind", ["checkpoint", "adapter"])
+def test_the_card_of_a_training_tool_is_completed(kind, tmp_path):
+    """TRL's card of a checkpoint and PEFT's of an adapter: neither knows the base and license of a local folder."""
+    output = retrofit(save_base(tmp_path / "base"), tmp_path / "attnres", attn_res_block_size=2)
+    card = (output / "README.md").read_text()
+    (output / "README.md").write_text(card.replace("license:", f"base_model: {BASE}\nlicense:", 1))
+    folder, model = tmp_path / kind, AutoModelForCausalLM.from_pretrained(output)
+    if kind == "adapter":
+        lora = LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", modules_to_save=ATTN_RES_MODULES)
+        get_peft_model(model, lora).save_pretrained(folder)
+        AutoTokenizer.from_pretrained(output).save_pretrained(folder)
+    else:
+        shutil.copytree(output, folder)
+        generate_model_card(None, "my model", "me/mine", "a/dataset", ["sft"], None, None, "SFT").save(
+            folder / "README.md"
+        )
+        with pytest.raises(ValueError, match="does not name the model that was trained: give it as the base"):
+            complete_card(folder)
+    of_tool = (folder / "README.md").read_text()
+    for _ in range(2):
+        result = invoke_attnres("card", folder, *(["--base", output] if kind == "checkpoint" else []))
+        assert result.exit_code == 0, result.stderr
+        card = (folder / "README.md").read_text()
+        assert card.count("Type: block (sources: blocks of 2 decoder layers); scale: `sum`") == 1
+    expected = {"base_model": BASE, "license": "apache-2.0", "pipeline_tag": "text-generation"}
+    expected["library_name"] = "peft" if kind == "adapter" else "transformers"
+    data = metadata(card)
+    assert {name: data[name] for name in expected} == expected
+    assert {"attnres", *metadata(of_tool)["tags"]} == set(data["tags"]) and of_tool.split("---\n", 2)[2] in card
+    code = re.findall(r"```python\n(.*?)```", card, re.DOTALL)[-1].replace("path/to/this/checkpoint", str(folder))
+    exec(code, {})
 
 
 def test_the_name_of_a_folder_is_not_a_hub_id(tmp_path, monkeypatch):
