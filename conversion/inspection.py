@@ -28,27 +28,21 @@ fields?" He had no answer, and the river still comes down every spring.
 @dataclass
 class Inspection:
     """
-    The depth attention of a model on a text. Its text form is a table, in a notebook it is shown as a page.
-
-    Args:
-        name (`str`): the name of the checkpoint.
-        sublayers (`list[str]`): the sublayers that read the sources, in order; the rows of the tensors below.
-        sources (`list[str]`): the sources; the columns.
-        tokens (`list[str]`): the text.
-        loss (`float`): mean loss on the text.
-        weights (`torch.Tensor` of shape `(sublayers, tokens, sources)`): NaN at sources that a sublayer does not have.
-        query_norms (`torch.Tensor` of shape `(sublayers,)`): the norm of each query, which is 0 before training.
-        loss_changes (`torch.Tensor` of shape `(sublayers, sources)`, *optional*):
-            the growth of the loss without one source in one sublayer, with the other weights renormalized.
+    The depth attention of a model on a text. Its text form is a table, in a notebook it is shown as a page. The rows
+    of the tensors are the sublayers that read the sources, in order; NaN stands for a source that a sublayer lacks.
     """
 
     name: str
     sublayers: list[str]
     sources: list[str]
     tokens: list[str]
+    # Mean over the text
     loss: float
+    # (sublayers, tokens, sources)
     weights: torch.Tensor
+    # (sublayers,): 0 before training
     query_norms: torch.Tensor
+    # (sublayers, sources): the growth of the loss without one source in one sublayer, the other weights renormalized
     loss_changes: torch.Tensor | None = None
 
     @property
@@ -92,7 +86,7 @@ class Inspection:
         }
 
     def page(self) -> str:
-        """An HTML page that shows the weights at each token. It needs no server, no network and no other file."""
+        """An HTML page that shows the weights at each token. It needs no server and no other file."""
         # Escaped, because "</script>" in a text would end the script
         data = json.dumps(self.to_dict(), separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
         page = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
@@ -110,9 +104,8 @@ class Inspection:
         for i, count in enumerate(self.counts.tolist()):
             changes = self.mean_factors[i, :count] - 1
             j = changes.abs().argmax().item()
-            entropy = 1 - self.entropies[i].double().mean()
-            rows.append([self.sublayers[i], *(f"{x:.1e}" for x in (self.query_norms[i], entropy)), self.sources[j]])
-            rows[-1].append(f"{100 * changes[j]:+.2g}%")
+            numbers = (f"{self.query_norms[i]:.1e}", f"{1 - self.entropies[i].double().mean():.1e}")
+            rows.append([self.sublayers[i], *numbers, self.sources[j], f"{100 * changes[j]:+.2g}%"])
         table = _table(["sublayer", "|query|", "1 - entropy", "weight changed most", "by"], rows)
         parts = [f"{head}\n1 - entropy: 0 if all sources have equal weights, as in the base.", table]
         if self.loss_changes is not None:
@@ -141,20 +134,15 @@ def inspect_checkpoint(
     Args:
         checkpoint (`str` or `Path`): folder or Hub id of an AttnRes causal language model or of a PEFT adapter for one.
         text (`str`, *optional*, defaults to a paragraph of English): the text.
-        ablate (`bool`, *optional*, defaults to `False`):
-            leave each source out of each sublayer, one at a time, and measure the loss: a forward pass for each. The
-            source with the largest weight may not have the largest effect
+        ablate (`bool`, *optional*, defaults to `False`): leave each source out of each sublayer, one at a time, and
+            measure the loss: the source with the largest weight may not have the largest effect
             ([arXiv 2606.13168](https://arxiv.org/abs/2606.13168)).
         max_tokens (`int`, *optional*, defaults to 512): the length at which the text is cut.
         revision (`str`, *optional*): branch, tag or commit of a checkpoint on the Hub.
 
-    Returns:
-        [`Inspection`].
-
     Raises:
         `FileNotFoundError`: as for [`retrofit`].
-        `ValueError`: not an AttnRes causal language model, no tokenizer, a text of fewer than two tokens, or a model
-            that has diverged.
+        `ValueError`: no AttnRes causal language model, no tokenizer, fewer than two tokens, or a diverged model.
     """
     source = find_checkpoint(checkpoint, revision)
     is_adapter = (source / ADAPTER_CONFIG).is_file()

@@ -9,14 +9,11 @@ from transformers import AutoTokenizer
 import modeling_attnres
 
 from .model_card import card
-from .reading import CARD, TOKENIZER_CONFIG, other_files, read_adapter
-from .retrofit import REPLACED
+from .reading import CARD, REPLACED, TOKENIZER_CONFIG, other_files, read_adapter
 from .writing import check_copy, new_folder, place_files
 
 
-def merge(
-    adapter: str | Path, output: str | Path, *, base: str | Path | None = None, revision: str | None = None
-) -> Path:
+def merge(adapter: str | Path, output: str | Path, *, base: str | Path | None = None) -> Path:
     r"""
     Merges a PEFT adapter into its AttnRes checkpoint, also with a depth attention that was trained in full
     (`modules_to_save`). The model is loaded. Queries and key norms stay in float32, the other tensors in the base's
@@ -24,21 +21,16 @@ def merge(
 
     Args:
         adapter (`str` or `Path`): folder or Hub id of the adapter.
-        output (`str` or `Path`): folder to write, new or empty.
+        output (`str` or `Path`): folder to write, new or empty. It is returned.
         base (`str` or `Path`, *optional*): folder or Hub id of the checkpoint. The default is in the adapter.
-        revision (`str`, *optional*): branch, tag or commit of an adapter on the Hub.
-
-    Returns:
-        `Path`: the output.
 
     Raises:
         `FileNotFoundError`, `FileExistsError`: as for [`retrofit`].
-        `ValueError`: not an adapter, one that cannot be merged or does not fit, or the base is no AttnRes checkpoint or
-            is quantized.
+        `ValueError`: no adapter, one that does not fit, or a base that is no AttnRes checkpoint or is quantized.
     """
     from peft import PeftModel
 
-    folder, source = read_adapter(adapter, base, revision)
+    folder, source = read_adapter(adapter, base)
     if source.config.get("quantization_config") is not None:
         raise ValueError(f"{source.folder} is quantized: use the base before its quantization (`base`, --base).")
     try:

@@ -2,6 +2,7 @@
 """The model card of a retrofit, and of a checkpoint or an adapter that is trained from one."""
 
 import os
+import shlex
 import warnings
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,18 @@ from huggingface_hub import ModelCard
 
 import modeling_attnres
 from modeling_attnres import AttnResConfig
+from modeling_attnres.configuration_attnres import ATTN_RES_FIELDS
 
-from .reading import ADAPTER_CONFIG, CARD, find_checkpoint, read_adapter, read_attnres, read_config, read_json
+from .reading import (
+    ADAPTER_CONFIG,
+    CARD,
+    Checkpoint,
+    find_checkpoint,
+    read_adapter,
+    read_attnres,
+    read_config,
+    read_json,
+)
 
 
 # The card in a folder does not know the name of its repository yet; `push` does
@@ -31,21 +42,16 @@ _TASKS = {
 
 def card(folder: str | Path, base: str | Path | None = None) -> Path:
     r"""
-    Completes the model card of a trained AttnRes checkpoint or of a PEFT adapter for one, or writes it. The text that
-    training tools wrote is kept. Base, license, tags and a section about the depth attention are added.
+    Completes the model card of a trained AttnRes checkpoint or of a PEFT adapter for one, or writes it, and returns its
+    path. The text that is there is kept. Base, license, tags and a section about the depth attention are added.
 
     Args:
         folder (`str` or `Path`): folder of the checkpoint or adapter.
-        base (`str` or `Path`, *optional*):
-            folder or Hub id of the model that was trained. The default is in the adapter or in the card.
-
-    Returns:
-        `Path`: the card.
+        base (`str` or `Path`, *optional*): the model that was trained. The default is in the adapter or in the card.
 
     Raises:
         `FileNotFoundError`: as for [`retrofit`].
-        `ValueError`: neither an AttnRes checkpoint nor an adapter for one, a base that is not known, or a card whose
-            metadata cannot be read.
+        `ValueError`: no AttnRes checkpoint and no adapter for one, an unknown base, or a card with broken metadata.
     """
     path, adapter_config = Path(folder) / CARD, Path(folder) / ADAPTER_CONFIG
     is_adapter = adapter_config.is_file()
@@ -63,8 +69,7 @@ def card(folder: str | Path, base: str | Path | None = None) -> Path:
     metadata = read_metadata(find_checkpoint(base, only=CARD))
     if not os.path.isdir(base):
         metadata["base_model"] = base
-    auto_class = getattr(modeling_attnres, checkpoint.architecture)._auto_class
-    _complete(card, read_config(checkpoint), auto_class, metadata, is_adapter)
+    _complete(card, read_config(checkpoint), checkpoint.architecture, metadata, is_adapter)
     partial = path.with_name(f".{CARD}.partial")
     card.save(partial)
     return partial.replace(path)
@@ -83,33 +88,39 @@ def read_metadata(folder: Path) -> dict[str, Any]:
     return {key: data.get(key) for key in ("base_model", *_LICENSE)}
 
 
-def model_card(
-    config: AttnResConfig, auto_class: str, base: str, base_id: str | None, metadata: dict[str, Any], command: str
-) -> str:
+def model_card(base: str | Path, source: Checkpoint, config: AttnResConfig, architecture: str) -> str:
     """The card of a retrofit. All of it stays true when the retrofit is trained."""
+    hub_id = None if os.path.isdir(base) else str(base)
+    name = hub_id or os.path.basename(os.path.abspath(base))
+    command = ["attnres", "retrofit", name, "OUTPUT"]
+    for field in ATTN_RES_FIELDS[1:]:
+        command += [f"--{field.removeprefix('attn_res_').replace('_', '-')}", str(getattr(config, field))]
+    if hub_id is not None:
+        # The Hub cache names a folder by its commit
+        command += ["--revision", source.folder.name]
     exact = "computed" if config.attn_res_scale == "sum" else "did not compute"
     card = ModelCard(f"""---
 
 ---
 
-# {base} with Attention Residuals
+# {name} with Attention Residuals
 
-Base: {f"[{base}](https://huggingface.co/{base_id})" if base_id else base}. Made by
+Base: {f"[{name}](https://huggingface.co/{name})" if hub_id else name}. Made by
 
-`{command}`
+`{shlex.join(command)}`
 
 At that time its weights were those of the base, its queries were zero, and it {exact} what the base computes. Trained
 queries are not zero any more (`attnres inspect`). torch {torch.__version__}, transformers {transformers.__version__}.
 """)
-    _complete(card, config, auto_class, {**metadata, "base_model": base_id})
+    _complete(card, config, architecture, {**read_metadata(source.folder), "base_model": hub_id})
     return str(card)
 
 
 def _complete(
-    card: ModelCard, config: AttnResConfig, auto_class: str, metadata: dict[str, Any], is_adapter: bool = False
+    card: ModelCard, config: AttnResConfig, architecture: str, metadata: dict[str, Any], is_adapter: bool = False
 ) -> None:
     """Adds what is missing: base and license from `metadata`, and a section about the depth attention."""
-    data = card.data
+    data, auto_class = card.data, getattr(modeling_attnres, architecture)._auto_class
     # Training tools write the path of a local base
     data.base_model = metadata.get("base_model")
     if data.license is None:

@@ -17,11 +17,8 @@ def push(checkpoint: str | Path, name: str, *, private: bool = False) -> str:
 
     Args:
         checkpoint (`str` or `Path`): folder of an AttnRes checkpoint.
-        name (`str`): Hub id, `owner/name` or `name`. The repository is created if it does not exist.
+        name (`str`): Hub id, `owner/name` or `name`. The repository is created if needed. Its address is returned.
         private (`bool`, *optional*, defaults to `False`): whether a new repository is private.
-
-    Returns:
-        `str`: the address of the repository.
 
     Raises:
         `FileNotFoundError`, `ValueError`: not a whole AttnRes checkpoint, or one without a card.

@@ -28,12 +28,13 @@ SPECIAL_TOKENS = "special_tokens_map.json"
 ADAPTER = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 CARD = "README.md"
+# A retrofit keeps the base's own files that it replaces here, so that `revert` gives them back to the byte
+REPLACED = "attnres_base"
 NEW_TENSOR = re.compile(r"(^|\.)layers\.\d+\.\w+_res\.(query|key_norm)$")
 
 # Weights in other formats and the state of a training run are not part of the checkpoint
 _LEFT_BEHIND = ("*.bin", "*.ckpt", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.ot", "*.pt", "*.pth", "*.bin.index.json")
 _FOLDERS_LEFT_BEHIND = ("checkpoint-*", "runs")
-# Far more than a configuration has, and few enough for all code that walks through it
 _MAX_JSON_DEPTH = 100
 
 
@@ -98,11 +99,9 @@ def read_attnres(source: str | Path, revision: str | None = None) -> Checkpoint:
     return checkpoint
 
 
-def read_adapter(
-    source: str | Path, base: str | Path | None = None, revision: str | None = None
-) -> tuple[Path, Checkpoint]:
+def read_adapter(source: str | Path, base: str | Path | None = None) -> tuple[Path, Checkpoint]:
     """The folder of a PEFT adapter, and the AttnRes checkpoint that it belongs to: `base`, or else the recorded one."""
-    folder = find_checkpoint(source, revision)
+    folder = find_checkpoint(source)
     if not (folder / ADAPTER_CONFIG).is_file():
         raise ValueError(f"{folder} is not a PEFT adapter: it has no {ADAPTER_CONFIG}.")
     if not (folder / ADAPTER).is_file():
@@ -120,13 +119,7 @@ def read_adapter(
 
 
 def read_checkpoint(source: str | Path, revision: str | None = None) -> Checkpoint:
-    """
-    Reads config.json and the header of every shard, and checks that each shard is whole.
-
-    Raises:
-        `FileNotFoundError`: no such folder or model, or config.json, the safetensors weights or a shard is missing.
-        `ValueError`: a file is damaged, has other content than its name says, or is a link out of the folder.
-    """
+    """Reads config.json and the header of every shard, and checks that each shard is whole."""
     folder = find_checkpoint(source, revision)
     if (folder / ADAPTER_CONFIG).exists():
         raise ValueError(
@@ -233,18 +226,11 @@ def read_json(path: Path) -> Any:
 def parse_json(text: bytes, origin: Path | str) -> Any:
     try:
         content = json.loads(text.decode("utf-8"))
-        _check_depth(content)
+        # All code that walks through it later must come to its end
+        list(_texts(content))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{origin} is not valid JSON: {error}") from error
     return content
-
-
-def _check_depth(value: Any, depth: int = 0) -> None:
-    if depth > _MAX_JSON_DEPTH:
-        raise ValueError(f"it is nested more than {_MAX_JSON_DEPTH} levels deep")
-    if isinstance(value, (dict, list)):
-        for part in value.values() if isinstance(value, dict) else value:
-            _check_depth(part, depth + 1)
 
 
 def _check_config(config: Any, path: Path) -> None:
@@ -285,9 +271,12 @@ def _check_tokenizer_config(config: Any, path: Path) -> None:
                     raise ValueError(f"`{field}` of {path} names {file}, a file outside of the folder: remove it.")
 
 
-def _texts(value: Any) -> Iterator[str]:
+def _texts(value: Any, depth: int = 0) -> Iterator[str]:
+    """The strings in the values of a JSON file. `ValueError` if it is nested deeper than any configuration."""
+    if depth > _MAX_JSON_DEPTH:
+        raise ValueError(f"it is nested more than {_MAX_JSON_DEPTH} levels deep")
     if isinstance(value, str):
         yield value
     elif isinstance(value, (dict, list)):
         for part in value.values() if isinstance(value, dict) else value:
-            yield from _texts(part)
+            yield from _texts(part, depth + 1)

@@ -1,9 +1,7 @@
 # Copyright 2026 The modeling_attnres authors. Licensed under the Apache License, Version 2.0.
 """Retrofit: a base checkpoint becomes an AttnRes checkpoint that computes the same."""
 
-import os
 import re
-import shlex
 import warnings
 from importlib.util import find_spec
 from math import prod
@@ -20,12 +18,13 @@ import modeling_attnres
 from modeling_attnres import AttnResConfig
 from modeling_attnres.configuration_attnres import ATTN_RES_FIELDS, AUTO_MAP, WIDTH_AT_TEMPERATURE_1
 
-from .model_card import model_card, read_metadata
+from .model_card import model_card
 from .reading import (
     CARD,
     CONFIG,
     INDEX,
     NEW_TENSOR,
+    REPLACED,
     TOKENIZER_CONFIG,
     Checkpoint,
     other_files,
@@ -36,30 +35,21 @@ from .reading import (
 from .writing import check_copy, new_folder, place_files, shard_name, write_index, write_json
 
 
-# The base's own files that a retrofit replaces are kept here, so that `revert` gives them back to the byte
-REPLACED = "attnres_base"
-
-
 def retrofit(
     base: str | Path, output: str | Path, *, link: bool = False, revision: str | None = None, **attn_res
 ) -> Path:
     r"""
-    Makes an AttnRes checkpoint of a base checkpoint. It works on files: the base's weights are copied or linked as they
-    are, and the new tensors (zero queries, key norms of one, in float32) are in a shard of their own.
-
-    With the default scale the result computes what its base computes, up to the rounding of its sums.
+    Makes an AttnRes checkpoint of a base checkpoint, on files: the base's weights are copied or linked as they are, and
+    the new tensors (zero queries, key norms of one, in float32) are in a shard of their own. With the default scale the
+    result computes what its base computes, up to the rounding of its sums.
 
     Args:
         base (`str` or `Path`): folder or Hub id of the base checkpoint.
-        output (`str` or `Path`): folder to write, new or empty.
-        link (`bool`, *optional*, defaults to `False`):
-            hard-link the base's weights instead of copying them. Both folders then share them.
+        output (`str` or `Path`): folder to write, new or empty. It is returned.
+        link (`bool`, *optional*, defaults to `False`): hard-link the base's weights. Both folders then share them.
         revision (`str`, *optional*): branch, tag or commit of a base on the Hub.
         attn_res: `attn_res_*` fields of [`AttnResConfig`]. `None` means the default. Here, the default of
             `attn_res_temperature` is `hidden_size / 128`, so that one learning rate suits all widths.
-
-    Returns:
-        `Path`: the output.
 
     Raises:
         `FileNotFoundError`: no such base, or its config.json, safetensors weights or a shard is missing.
@@ -71,17 +61,14 @@ def retrofit(
     config = _attnres_config(source, attn_res)
     config_json = _config_json(source, config)
     new = _new_tensors(source, config, config_json["architectures"][0])
+    json_files, code = {CONFIG: config_json}, code_files()
     path = source.folder / TOKENIZER_CONFIG
     tokenizer_config = read_json(path) if path.is_file() else {}
-    tokenizer_class = _tokenizer_class(source, tokenizer_config)
-    code = code_files()
-    ours = {CONFIG, INDEX, CARD, *(file.name for file in code)}
-    if tokenizer_class is not None and tokenizer_config:
-        tokenizer_config["tokenizer_class"] = tokenizer_class
-        ours.add(TOKENIZER_CONFIG)
-    elif tokenizer_class is not None:
-        config_json["tokenizer_class"] = tokenizer_class
-    card = _card(base, source, config, config_json["architectures"][0])
+    if (tokenizer_class := _tokenizer_class(source, tokenizer_config)) is not None:
+        name, content = (TOKENIZER_CONFIG, tokenizer_config) if tokenizer_config else (CONFIG, config_json)
+        json_files[name] = {**content, "tokenizer_class": tokenizer_class}
+    ours = {*json_files, INDEX, CARD, *(file.name for file in code)}
+    card = model_card(base, source, config, config_json["architectures"][0])
     # Listed before anything is written: a file that vanishes in the meantime is an error
     others = [file for file in other_files(source.folder) if str(file) not in ours]
     replaced = [name for name in sorted(ours) if (source.folder / name).is_file()]
@@ -92,9 +79,8 @@ def retrofit(
         place_files([(source.folder / s, folder / shard_name(i, count)) for i, s in enumerate(shards, 1)], link)
         (folder / shard_name(count, count)).write_bytes(save(new, metadata={"format": "pt"}))
         write_index(folder)
-        write_json(folder / CONFIG, config_json)
-        if TOKENIZER_CONFIG in ours:
-            write_json(folder / TOKENIZER_CONFIG, tokenizer_config)
+        for name, content in json_files.items():
+            write_json(folder / name, content)
         place_files((source.folder / file, folder / file) for file in others)
         place_files((source.folder / name, folder / REPLACED / name) for name in replaced)
         place_files((file, folder / file.name) for file in code)
@@ -242,16 +228,3 @@ def _tokenizer_class(source: Checkpoint, content: dict[str, Any]) -> str | None:
     named = content.get("tokenizer_class") or source.config.get("tokenizer_class") or ""
     tokenizer_class = type(tokenizer).__name__
     return None if named.removesuffix("Fast") == tokenizer_class.removesuffix("Fast") else tokenizer_class
-
-
-def _card(base: str | Path, source: Checkpoint, config: AttnResConfig, architecture: str) -> str:
-    hub_id = None if os.path.isdir(base) else str(base)
-    name = hub_id or os.path.basename(os.path.abspath(base))
-    command = ["attnres", "retrofit", name, "OUTPUT"]
-    for field in ATTN_RES_FIELDS[1:]:
-        command += [f"--{field.removeprefix('attn_res_').replace('_', '-')}", str(getattr(config, field))]
-    if hub_id is not None:
-        # The Hub cache names a folder by its commit
-        command += ["--revision", source.folder.name]
-    auto_class = getattr(modeling_attnres, architecture)._auto_class
-    return model_card(config, auto_class, name, hub_id, read_metadata(source.folder), shlex.join(command))

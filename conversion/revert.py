@@ -16,6 +16,7 @@ from .reading import (
     CONFIG,
     INDEX,
     NEW_TENSOR,
+    REPLACED,
     SINGLE_SHARD,
     Checkpoint,
     other_files,
@@ -23,7 +24,7 @@ from .reading import (
     read_config,
     read_weight_map,
 )
-from .retrofit import REPLACED, code_files
+from .retrofit import code_files
 from .writing import check_copy, new_folder, place_files, write_index, write_json
 
 
@@ -33,13 +34,9 @@ def revert(attnres: str | Path, output: str | Path, *, force: bool = False, revi
 
     Args:
         attnres (`str` or `Path`): folder or Hub id of the AttnRes checkpoint.
-        output (`str` or `Path`): folder to write, new or empty.
-        force (`bool`, *optional*, defaults to `False`):
-            drop queries and key norms even if they are trained. The result then computes something else.
+        output (`str` or `Path`): folder to write, new or empty. It is returned.
+        force (`bool`, *optional*, defaults to `False`): drop queries and key norms even if they are trained.
         revision (`str`, *optional*): branch, tag or commit of a checkpoint on the Hub.
-
-    Returns:
-        `Path`: the output.
 
     Raises:
         `FileNotFoundError`, `FileExistsError`: as for [`retrofit`].
@@ -63,7 +60,12 @@ def revert(attnres: str | Path, output: str | Path, *, force: bool = False, revi
 
     with new_folder(Path(output), checkpoint.folder) as folder:
         for (shard, kept), name in zip(sorted(shards.items()), names):
-            _write_shard(checkpoint, shard, kept, folder / name)
+            if kept == checkpoint.shards[shard].keys():
+                place_files([(checkpoint.folder / shard, folder / name)])
+                continue
+            with safe_open(checkpoint.folder / shard, framework="pt") as tensors:
+                base = {tensor: tensors.get_tensor(tensor) for tensor in kept}
+                save_file(base, folder / name, metadata=tensors.metadata())
         if config_json is None:
             place_files((file, folder / file.name) for file in replaced)
         else:
@@ -97,16 +99,6 @@ def _base_names(checkpoint: Checkpoint, new: Collection[str]) -> list[str]:
         if weight_map.keys() == checkpoint.tensors.keys() - new and len(set(weight_map.values())) == len(base):
             return sorted(set(weight_map.values()))
     return [SINGLE_SHARD] if len(base) == 1 else []
-
-
-def _write_shard(checkpoint: Checkpoint, shard: str, kept: Collection[str], target: Path) -> None:
-    """Copies a shard of base tensors as it is. Of a shard with other tensors too, saves the base's."""
-    source = checkpoint.folder / shard
-    if kept == checkpoint.shards[shard].keys():
-        place_files([(source, target)])
-        return
-    with safe_open(source, framework="pt") as tensors:
-        save_file({name: tensors.get_tensor(name) for name in kept}, target, metadata=tensors.metadata())
 
 
 def _base_config_json(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -54,16 +54,13 @@ class Verification:
 def verify(base: str | Path, attnres: str | Path, *, revision: str | None = None) -> Verification:
     r"""
     Compares an AttnRes checkpoint with its base: first the tensors by name, dtype and shape, and the token ids of a
-    text; then the logits (or, without a language model head, the decoder's output) in float32 on token sequences of
-    several lengths, one by one and as one left-padded batch. One model is in memory at a time.
+    text; then the logits (or the decoder's output) in float32 on token sequences of several lengths, one by one and as
+    one left-padded batch. One model is in memory at a time.
 
     Args:
         base (`str` or `Path`): folder or Hub id of the base checkpoint.
         attnres (`str` or `Path`): folder or Hub id of the AttnRes checkpoint.
         revision (`str`, *optional*): branch, tag or commit of a base on the Hub.
-
-    Returns:
-        [`Verification`]: with `passed`, `max_difference`, `max_logit` and `trained_queries`.
 
     Raises:
         `FileNotFoundError`: as for [`retrofit`].

@@ -1,14 +1,7 @@
 # Copyright 2026 The modeling_attnres authors. Licensed under the Apache License, Version 2.0.
 """Attention Residuals for transformers. Importing this registers the classes with the Auto classes."""
 
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForQuestionAnswering,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
-)
+import transformers
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 
 from .configuration_attnres import AttnResConfig
@@ -24,12 +17,15 @@ from .modeling_attnres import (
 from .training import ATTN_RES_MODULES, attn_res_parameter_groups, with_base_targets
 
 
-AutoConfig.register("attnres", AttnResConfig)
-AutoModel.register(AttnResConfig, AttnResModel)
-AutoModelForCausalLM.register(AttnResConfig, AttnResForCausalLM)
-AutoModelForQuestionAnswering.register(AttnResConfig, AttnResForQuestionAnswering)
-AutoModelForSequenceClassification.register(AttnResConfig, AttnResForSequenceClassification)
-AutoModelForTokenClassification.register(AttnResConfig, AttnResForTokenClassification)
+transformers.AutoConfig.register("attnres", AttnResConfig)
+for model_class in (
+    AttnResModel,
+    AttnResForCausalLM,
+    AttnResForQuestionAnswering,
+    AttnResForSequenceClassification,
+    AttnResForTokenClassification,
+):
+    getattr(transformers, model_class._auto_class).register(AttnResConfig, model_class)
 
 # PEFT converts adapters of transformers 4 only for a `model_type` that is registered. The mapping of each base is
 # registered with its decoder

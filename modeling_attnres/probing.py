@@ -1,8 +1,9 @@
 # Copyright 2026 The modeling_attnres authors. Licensed under the Apache License, Version 2.0.
 """Recording and masking depth attention by hooks: any head, in `generate`, under DDP, with PEFT, on remote code."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import compress
 
 import torch
 from torch import nn
@@ -46,29 +47,29 @@ def depth_sources(model: nn.Module) -> list[str]:
 
 
 @contextmanager
-def recorded_weights(model: nn.Module) -> Iterator[dict[str, list[torch.Tensor]]]:
+def recorded_weights(
+    model: nn.Module, measure: Callable = lambda module, sources: module.attention_weights(*sources)
+) -> Iterator[dict[str, list]]:
     r"""
-    Records the weights `α` of every depth attention in the forward passes inside the `with` statement.
-
-    Yields:
-        `dict[str, list[torch.Tensor]]`: for each depth attention (see [`depth_attentions`]) a float32 tensor of shape
-        `(batch, sequence, sources)` per forward pass.
+    Records the weights `α` of every depth attention in the forward passes inside the `with` statement: for each (see
+    [`depth_attentions`]) a float32 tensor of shape `(batch, sequence, sources)` per forward pass, or another result of
+    `measure(module, sources)`.
 
     ```python
     >>> with recorded_weights(model) as weights:
     ...     model(**inputs)
     >>> weights["layer 3 MLP"][0].mean((0, 1))
     ```"""
-    weights = {}
+    recorded = {}
     with ExitStack() as hooks:
         for name, module in depth_attentions(model).items():
-            recorded = weights[name] = []
+            recorded[name] = []
 
-            def record(module, sources, output, recorded=recorded):
-                recorded.append(module.attention_weights(*sources))
+            def record(module, sources, _, name=name):
+                recorded[name].append(measure(module, sources))
 
             hooks.callback(module.register_forward_hook(record).remove)
-        yield weights
+        yield recorded
 
 
 @contextmanager
@@ -89,15 +90,13 @@ def masked_sources(model: nn.Module, mask: torch.Tensor) -> Iterator[None]:
     expected = (len(modules), len(depth_sources(model)))
     if mask.dtype != torch.bool or mask.shape != expected:
         raise ValueError(f"`mask` is {mask.dtype} of shape {tuple(mask.shape)}, but must be torch.bool of {expected}.")
-
     with ExitStack() as hooks:
         for (name, module), row in zip(modules.items(), mask.tolist()):
 
             def drop(module, sources, name=name, row=row):
-                kept = tuple(source for source, is_kept in zip(sources, row) if is_kept)
-                if not kept:
+                if not any(row[: len(sources)]):
                     raise ValueError(f"`mask` leaves {name!r} none of its {len(sources)} sources.")
-                return kept
+                return tuple(compress(sources, row))
 
             hooks.callback(module.register_forward_pre_hook(drop).remove)
         yield

@@ -2,7 +2,6 @@
 """Settings of AttnRes models for training tools."""
 
 import warnings
-from collections import defaultdict
 from collections.abc import Iterable
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any
@@ -34,8 +33,7 @@ def attn_res_parameter_groups(
 ) -> list[dict[str, Any]]:
     r"""
     The trained parameters of a model in groups for an optimizer: matrices with weight decay; vectors and biases
-    without; queries and key norms without, and with their own learning rate. Parameters that tensor parallelism shards
-    are in groups of their own, since an optimizer cannot update both kinds together.
+    without; queries and key norms without, and with their own learning rate. Tensor-parallel ones are apart.
 
     Args:
         model (`nn.Module`): an AttnRes model or a base, also with PEFT's adapters or sharded by FSDP2 or ZeRO-3.
@@ -46,9 +44,7 @@ def attn_res_parameter_groups(
     Returns:
         `list[dict[str, Any]]`: groups with `params`, `lr` and `weight_decay`. No group is empty.
 
-    Warns:
-        If a step of Adam can change the logits of the depth attention by more than 0.5, or if queries and key norms are
-        in half precision.
+    Warns: if a step of Adam can change the logits of the depth attention by more than 0.5, and of half precision.
 
     ```python
     >>> def adamw(model, **kwargs):
@@ -59,41 +55,34 @@ def attn_res_parameter_groups(
     ```"""
     if attn_res_learning_rate is None:
         attn_res_learning_rate = learning_rate
-    matrices, vectors, attn_res = defaultdict(list), defaultdict(list), defaultdict(list)
+    groups = {}
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            is_attn_res = not set(ATTN_RES_MODULES).isdisjoint(name.split("."))
-            # A parameter that DeepSpeed ZeRO-3 has sharded is empty, and has its shape in `ds_shape`. The biases of all
-            # experts are one matrix, and Kimi Linear's `A_log`, one number for each head, has dimensions of size one
-            shape = getattr(parameter, "ds_shape", parameter.shape)
-            is_matrix = len(shape) > 1 and not name.endswith(("bias", "A_log"))
-            kind = attn_res if is_attn_res else matrices if is_matrix else vectors
-            kind[getattr(parameter, "device_mesh", None)].append(parameter)
-    if attn_res:
-        warn_of_long_steps(model.config, attn_res_learning_rate)
-        warn_of_half_precision(parameter for parameters in attn_res.values() for parameter in parameters)
-    kinds = [
-        (matrices, {"lr": learning_rate, "weight_decay": weight_decay}),
-        (vectors, {"lr": learning_rate, "weight_decay": 0.0}),
-        (attn_res, {"lr": attn_res_learning_rate, "weight_decay": 0.0}),
-    ]
-    return [{"params": parameters, **options} for kind, options in kinds for parameters in kind.values()]
-
-
-def warn_of_long_steps(config, learning_rate: float) -> None:
-    logit_step = learning_rate * config.hidden_size / config.attn_res_temperature
-    if logit_step > MAX_LOGIT_STEP:
-        warnings.warn(
-            f"`attn_res_learning_rate` is {learning_rate:g}. With Adam, a step changes the logits of the depth "
-            f"attention by up to {logit_step:.2g}. Steps above {MAX_LOGIT_STEP} can ruin a pretrained model: use "
-            f"{learning_rate * MAX_LOGIT_STEP / logit_step:.2g} or less, or a greater `attn_res_temperature`.",
-            stacklevel=3,
-        )
+        if not parameter.requires_grad:
+            continue
+        is_attn_res = not set(ATTN_RES_MODULES).isdisjoint(name.split("."))
+        # A parameter that DeepSpeed ZeRO-3 has sharded is empty, and has its shape in `ds_shape`. The biases of all
+        # experts are one matrix, and Kimi Linear's `A_log`, one number for each head, has dimensions of size one
+        shape = getattr(parameter, "ds_shape", parameter.shape)
+        is_matrix = len(shape) > 1 and not name.endswith(("bias", "A_log"))
+        lr = attn_res_learning_rate if is_attn_res else learning_rate
+        group = {"params": [], "lr": lr, "weight_decay": weight_decay if is_matrix else 0.0}
+        key = (is_attn_res, is_matrix, getattr(parameter, "device_mesh", None))
+        groups.setdefault(key, group)["params"].append(parameter)
+    if attn_res := [group for key, group in groups.items() if key[0]]:
+        warn_of_half_precision(parameter for group in attn_res for parameter in group["params"])
+        logit_step = attn_res_learning_rate * model.config.hidden_size / model.config.attn_res_temperature
+        if logit_step > MAX_LOGIT_STEP:
+            warnings.warn(
+                f"`attn_res_learning_rate` is {attn_res_learning_rate:g}. With Adam, a step changes the logits of the "
+                f"depth attention by up to {logit_step:.2g}. Steps above {MAX_LOGIT_STEP} can ruin a pretrained model: "
+                f"use {attn_res_learning_rate * MAX_LOGIT_STEP / logit_step:.2g} or less.",
+                stacklevel=2,
+            )
+    return list(groups.values())
 
 
 def warn_of_half_precision(parameters: Iterable[nn.Parameter]) -> None:
-    dtypes = {parameter.dtype for parameter in parameters if parameter.dtype.itemsize < 4}
-    if dtypes:
+    if dtypes := {parameter.dtype for parameter in parameters if parameter.dtype.itemsize < 4}:
         warnings.warn(
             f"Queries and key norms are {dtypes.pop()}, in which rounding loses small updates. Load the model by "
             "`from_pretrained`, which keeps them in float32, and use autocast (`bf16=True`) instead of a cast.",
@@ -112,15 +101,11 @@ def with_base_targets(model: PreTrainedModel, peft_config: "PeftConfig") -> "Pef
         peft_config (`PeftConfig`): for instance a `LoraConfig`. `target_modules` can be `None`.
 
     Raises:
-        `ValueError`: from PEFT, if it has no default targets for the base either, or for a method that injects no
-            modules (prompts).
+        `ValueError`: PEFT has no default targets for the base either, or the method injects no modules (prompts).
 
     ```python
     >>> config = LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", modules_to_save=ATTN_RES_MODULES)
     >>> model = get_peft_model(model, with_base_targets(model, config))
-
-    >>> config = with_base_targets(model, PeftConfig.from_pretrained("adapter-of-transformers-4"))
-    >>> model = PeftModel.from_pretrained(model, "adapter-of-transformers-4", config=config)
     ```"""
     from peft import inject_adapter_in_model
 

@@ -3,31 +3,30 @@
 
 import json
 import shlex
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
+from typer.core import TyperGroup
 
 
-app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
+class Commands(TyperGroup):
+    def invoke(self, ctx):
+        """An error of the input ends the command with one line; any other error is a bug and shows its traceback."""
+        try:
+            return super().invoke(ctx)
+        except (OSError, ValueError, ImportError) as error:
+            typer.echo(f"Error: {' '.join(str(error).split())}", err=True)
+            raise typer.Exit(1) from error
+
+
+app = typer.Typer(cls=Commands, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 Base = Annotated[str, typer.Argument(help="Folder or Hub id of the base checkpoint.")]
 AttnRes = Annotated[str, typer.Argument(help="Folder or Hub id of the AttnRes checkpoint.")]
 Output = Annotated[Path, typer.Argument(help="Folder to write, new or empty.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of the first argument, if it is on the Hub.")]
-
-
-@contextmanager
-def errors_in_one_line() -> Iterator[None]:
-    """An error of the input ends the command with one line; any other error is a bug and shows its traceback."""
-    try:
-        yield
-    except (OSError, ValueError, ImportError) as error:
-        typer.echo(f"Error: {' '.join(str(error).split())}", err=True)
-        raise typer.Exit(1) from error
 
 
 def show_version(asked: bool) -> None:
@@ -71,13 +70,12 @@ def retrofit(
     Example: attnres retrofit Qwen/Qwen3-0.6B qwen3-attnres --block-size 4
     """
     options = {"type": type, "block_size": block_size, "scale": scale, "norm_eps": norm_eps, "temperature": temperature}
-    with errors_in_one_line():
-        from modeling_attnres.conversion import retrofit
-        from modeling_attnres.conversion.retrofit import summary
+    from modeling_attnres.conversion import retrofit
+    from modeling_attnres.conversion.retrofit import summary
 
-        options = {f"attn_res_{name}": value for name, value in options.items()}
-        retrofit(base, output, link=link, revision=revision, **options)
-        typer.echo(f"Wrote {output}: {summary(output)}.")
+    options = {f"attn_res_{name}": value for name, value in options.items()}
+    retrofit(base, output, link=link, revision=revision, **options)
+    typer.echo(f"Wrote {output}: {summary(output)}.")
     compare = ["attnres", "verify", base, str(output), *(["--revision", revision] if revision else [])]
     train = "train it. With the scale 'mean' it differs from its base until then."
     typer.echo(f"Next: {shlex.join(compare) if scale == 'sum' else train}")
@@ -92,10 +90,9 @@ def verify(base: Base, attnres: AttnRes, revision: Revision = None):
 
     Example: attnres verify Qwen/Qwen3-0.6B qwen3-attnres
     """
-    with errors_in_one_line():
-        from modeling_attnres.conversion import verify
+    from modeling_attnres.conversion import verify
 
-        result = verify(base, attnres, revision=revision)
+    result = verify(base, attnres, revision=revision)
     typer.echo(result)
     if not result.passed:
         raise typer.Exit(1)
@@ -113,10 +110,9 @@ def revert(
 
     Example: attnres revert qwen3-attnres qwen3
     """
-    with errors_in_one_line():
-        from modeling_attnres.conversion import revert
+    from modeling_attnres.conversion import revert
 
-        revert(attnres, output, force=force, revision=revision)
+    revert(attnres, output, force=force, revision=revision)
     typer.echo(f"Wrote {output}.")
 
 
@@ -125,17 +121,15 @@ def merge(
     adapter: Annotated[str, typer.Argument(help="Folder or Hub id of the PEFT adapter.")],
     output: Output,
     base: Annotated[str | None, typer.Option(help="Its AttnRes checkpoint.", show_default="as recorded")] = None,
-    revision: Revision = None,
 ):
     """
     Merge a PEFT adapter into its AttnRes checkpoint, with a trained depth attention.
 
     Example: attnres merge my-adapter merged
     """
-    with errors_in_one_line():
-        from modeling_attnres.conversion import merge
+    from modeling_attnres.conversion import merge
 
-        merge(adapter, output, base=base, revision=revision)
+    merge(adapter, output, base=base)
     typer.echo(f"Wrote {output}.")
 
 
@@ -151,10 +145,9 @@ def card(
 
     Example: attnres card my-checkpoint --base qwen3-attnres
     """
-    with errors_in_one_line():
-        from modeling_attnres.conversion import card
+    from modeling_attnres.conversion import card
 
-        typer.echo(f"Wrote {card(folder, base)}.")
+    typer.echo(f"Wrote {card(folder, base)}.")
 
 
 @app.command()
@@ -172,15 +165,14 @@ def inspect(
 
     Example: attnres inspect qwen3-attnres --ablate --html page.html
     """
-    with errors_in_one_line():
-        from modeling_attnres.conversion.inspection import TEXT, inspect_checkpoint
+    from modeling_attnres.conversion.inspection import TEXT, inspect_checkpoint
 
-        content = TEXT if text is None else text.read_text(encoding="utf-8")
-        inspection = inspect_checkpoint(checkpoint, content, ablate, max_tokens, revision)
-        typer.echo(json.dumps(inspection.to_dict()) if as_json else inspection)
-        if html is not None:
-            html.write_text(inspection.page(), encoding="utf-8")
-            typer.echo(f"Wrote {html}.", err=True)
+    content = TEXT if text is None else text.read_text(encoding="utf-8")
+    inspection = inspect_checkpoint(checkpoint, content, ablate, max_tokens, revision)
+    typer.echo(json.dumps(inspection.to_dict()) if as_json else inspection)
+    if html is not None:
+        html.write_text(inspection.page(), encoding="utf-8")
+        typer.echo(f"Wrote {html}.", err=True)
 
 
 @app.command()
@@ -194,7 +186,6 @@ def push(
 
     Example: attnres push qwen3-attnres me/qwen3-attnres --private
     """
-    with errors_in_one_line():
-        from modeling_attnres.conversion import push
+    from modeling_attnres.conversion import push
 
-        typer.echo(f"Uploaded to {push(checkpoint, name, private=private)}")
+    typer.echo(f"Uploaded to {push(checkpoint, name, private=private)}")
