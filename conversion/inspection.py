@@ -4,7 +4,7 @@
 import html
 import json
 from dataclasses import dataclass
-from math import inf
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -181,13 +181,12 @@ def inspect_model(
     model.eval()
     with recorded_weights(model) as recorded:
         loss = model(input_ids, labels=input_ids).loss.item()
-    recorded = {name: weights[0][0].float().cpu() for name, weights in recorded.items()}
+    if not isfinite(loss) or not all(weight.isfinite().all() for (weight,) in recorded.values()):
+        raise ValueError(f"{name} computes a loss or weights that are not finite: it has diverged.")
     sublayers, sources = list(recorded), depth_sources(model)
     weights = torch.full((len(sublayers), input_ids.shape[1], len(sources)), torch.nan)
-    for row, weight in zip(weights, recorded.values()):
-        row[:, : weight.shape[-1]] = weight
-    if not all(weight.isfinite().all() for weight in recorded.values()) or not abs(loss) < inf:
-        raise ValueError(f"{name} computes a loss or weights that are not finite: it has diverged.")
+    for row, (weight,) in zip(weights, recorded.values()):
+        row[:, : weight.shape[-1]] = weight[0]
     norms = torch.stack([module.query.float().norm().cpu() for module in depth_attentions(model).values()])
     tokens = [tokenizer.decode([token]) for token in input_ids[0].tolist()]
     inspection = Inspection(name, sublayers, sources, tokens, loss, weights, norms)

@@ -122,7 +122,8 @@ def _complete(
     """Adds what is missing: base and license from `metadata`, and a section about the depth attention."""
     data, auto_class = card.data, getattr(modeling_attnres, architecture)._auto_class
     # Training tools write the path of a local base
-    data.base_model = metadata.get("base_model")
+    is_path = os.path.isabs(str(data.base_model)) or os.path.isdir(str(data.base_model))
+    data.base_model = metadata.get("base_model") or (None if is_path else data.base_model)
     if data.license is None:
         vars(data).update({key: metadata.get(key) for key in _LICENSE})
     data.library_name = data.library_name or ("peft" if is_adapter else "transformers")
