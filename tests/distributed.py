@@ -1,7 +1,7 @@
 """The program that test_distributed.py runs in each of two processes, on a CPU.
 
 accelerate launch --config_file CONFIG --num_processes 2 tests/distributed.py SCRIPT ARGUMENTS
-torchrun --nproc-per-node 2 tests/distributed.py CHECKPOINT OUTPUT    # tensor parallelism
+torchrun --nproc-per-node 2 tests/distributed.py BASE CHECKPOINT OUTPUT    # tensor parallelism
 """
 
 import os
@@ -15,7 +15,7 @@ import transformers.training_args
 from accelerate.state import DistributedType, PartialState
 from transformers import AutoModelForCausalLM
 
-from modeling_attnres import attn_res_parameter_groups
+from modeling_attnres import AttnResForCausalLM, attn_res_parameter_groups
 
 
 def load(checkpoint, **kwargs):
@@ -33,8 +33,9 @@ def logits_after_a_step(model):
         return model(rows()).logits
 
 
-def tensor_parallel(checkpoint, output):
+def tensor_parallel(base, checkpoint, output):
     dist.init_process_group("gloo")
+    AttnResForCausalLM.from_base(load(base, tp_plan="auto")).save_pretrained(Path(output).with_name("from_base"))
     model = load(checkpoint, tp_plan="auto")
     result = model(rows(), labels=rows())
     result.loss.backward()

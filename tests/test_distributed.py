@@ -85,12 +85,18 @@ def test_the_example_on_several_devices(config, precision, tolerance, work, one_
 
 
 def test_tensor_parallel(work, tmp_path):
-    """The heads are even in number, so two processes take half of them each."""
+    """
+    The heads are even in number, so two processes take half of them each. A loaded base is converted and saved as in
+    one process.
+    """
+    base = tiny_base("llama")
+    base.save_pretrained(tmp_path / "base")
     model = load(work / "attnres")
     expected = model(rows(), labels=rows())
     expected.loss.backward()
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2)
-    run(sys.executable, *torchrun, SCRIPT, work / "attnres", tmp_path / "result.pt")
+    run(sys.executable, *torchrun, SCRIPT, tmp_path / "base", work / "attnres", tmp_path / "result.pt")
+    torch.testing.assert_close(logits(tmp_path / "from_base"), base(rows()).logits.detach(), rtol=0, atol=1e-5)
     result = torch.load(tmp_path / "result.pt")
     assert result["rows of q_proj"] == 16
     torch.testing.assert_close(result["logits"], expected.logits.detach(), rtol=0, atol=1e-5)
