@@ -8,7 +8,7 @@ depth attention has operators for inference: the fused kernel of flash-linear-at
 products for few tokens.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import wraps
 
@@ -44,7 +44,7 @@ class Receive(PPMissingLayer):
 # The compiler does not look into this operation. With `torch.cat`, compiled stages gave wrong values in torch 2.13 on a
 # CPU, probably because block sums were added up before vLLM's matrix products had written their outputs
 @torch.library.custom_op("attnres::side_by_side", mutates_args=())
-def side_by_side(sources: list[torch.Tensor]) -> torch.Tensor:
+def side_by_side(sources: Sequence[torch.Tensor]) -> torch.Tensor:
     return torch.cat(sources, dim=-1)
 
 
@@ -57,7 +57,12 @@ class Send(PPMissingLayer):
     """Stands after the last layer of a pipeline stage."""
 
     def forward(self, stream: ResidualStream, *args, **kwargs) -> torch.Tensor:
-        return side_by_side(list(stream.sources))
+        return side_by_side(stream.sources)
+
+
+def materialize_finished_block(layer: torch.nn.Module, sources: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """For the first layer of a block. Otherwise, the compiler adds up a finished block again in each read."""
+    return (*sources[:-1], side_by_side(sources[-1:])) if torch.compiler.is_compiling() else sources
 
 
 # The compiler cannot trace the kernel, so `auto` does not use it in a compiled graph. The compiler does not trace this
@@ -108,6 +113,9 @@ class AttnResMixin:
         self.make_empty_intermediate_tensors = make_empty_intermediate_tensors_factory(
             ["hidden_states"], self.num_sources * self.text_config.hidden_size
         )
+        for layer in decoder_layers(self.model):
+            if getattr(layer, "is_block_boundary", False) and not layer.is_full:
+                layer.register_forward_pre_hook(materialize_finished_block)
 
     def _patch_config(self):
         super()._patch_config()
