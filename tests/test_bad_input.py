@@ -64,6 +64,7 @@ INPUTS = {
     "positions of another length": {"input_ids": ids(3, 9), "position_ids": torch.arange(5)[None]},
     "positions beyond the longest": {"input_ids": ids(3, 9), "position_ids": torch.arange(9)[None] + 10**6},
     "neither tokens nor embeddings": {},
+    "tokens and embeddings": {"input_ids": ids(3, 9), "inputs_embeds": embeddings(3, 9)},
 }
 
 
