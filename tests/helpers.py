@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 
 from attnres import app
 from modeling_attnres import AttnResConfig, DepthAttention
-from modeling_attnres.conversion import retrofit
+from modeling_attnres.conversion import retrofit, revert, verify
 
 
 TINY = {
@@ -153,6 +153,14 @@ def trained_retrofit(base_folder, folder, scale, **options):
     randomize_depth_attention(model, scale=scale).save_pretrained(folder / "trained")
     AutoTokenizer.from_pretrained(base_folder).save_pretrained(folder / "trained")
     return folder / "trained"
+
+
+def there_and_back(base_folder, work, **options):
+    """Retrofits a base, verifies that, and reverts it to the bytes of the base. Returns the retrofit."""
+    output = retrofit(base_folder, work / "attnres", **options)
+    assert verify(base_folder, output).passed
+    assert file_bytes(revert(output, work / "reverted")) == file_bytes(base_folder)
+    return output
 
 
 # Processes
