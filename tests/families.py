@@ -15,7 +15,13 @@ EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
 # DeepSeek's router picks groups of experts, then experts; the first layer is dense
 GROUPED = {**EXPERTS, "n_routed_experts": 8, "n_shared_experts": 1, "n_group": 2, "topk_group": 1}
 LATENT = {"kv_lora_rank": 16, "q_lora_rank": 24, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 8}
-LINEAR = ["linear_attention", "full_attention", "linear_attention", "linear_attention", "full_attention"]
+# Three layers with linear attention, two with full attention. The names of the sizes are Kimi's and Qwen's
+LINEAR = {
+    **EXPERTS,
+    "layer_types": [f"{kind}_attention" for kind in ("linear", "full", "linear", "linear", "full")],
+    **{"linear_head_dim": 8, "linear_num_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8},
+    **{"linear_num_key_heads": 2, "linear_num_value_heads": 4},
+}
 MULTIPLIERS = {
     "embedding_multiplier": 6.0,
     "residual_multiplier": 0.4,
@@ -50,19 +56,8 @@ FAMILIES = {
     "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
     "qwen2_moe": {**EXPERTS, "num_experts": 4, "shared_expert_intermediate_size": 24, "mlp_only_layers": [1]},
     "qwen3_moe": {**EXPERTS, "num_experts": 4, "head_dim": 8, "mlp_only_layers": [1]},
-    "kimi_linear": {
-        **{**EXPERTS, **LATENT, "q_lora_rank": None, "num_local_experts": 4, "num_key_value_heads": 4},
-        **{"layer_types": LINEAR, "linear_head_dim": 8, "linear_num_heads": 4},
-    },
-    "qwen3_next": {
-        **{**EXPERTS, "num_experts": 4, "shared_expert_intermediate_size": 24, "head_dim": 8, "layer_types": LINEAR},
-        **{
-            "linear_key_head_dim": 8,
-            "linear_value_head_dim": 8,
-            "linear_num_key_heads": 2,
-            "linear_num_value_heads": 4,
-        },
-    },
+    "kimi_linear": {**LINEAR, **LATENT, "q_lora_rank": None, "num_local_experts": 4, "num_key_value_heads": 4},
+    "qwen3_next": {**LINEAR, "num_experts": 4, "shared_expert_intermediate_size": 24, "head_dim": 8},
 }
 # Without a row of their own: a small configuration follows from `OTHER_FIELDS`
 OTHERS = """

@@ -16,11 +16,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from attnres import app
 from modeling_attnres import AttnResConfig, DepthAttention
+from modeling_attnres.conversion import retrofit, revert, verify
 
 
 TINY = {
@@ -144,6 +145,22 @@ def tensor_hashes(folder):
 def new_shard(output):
     """The last shard, which has the tensors that a retrofit adds."""
     return max(output.glob("*.safetensors"))
+
+
+def trained_retrofit(base_folder, folder, scale, **options):
+    """A retrofit of the base with queries as after training, and the base's tokenizer."""
+    model = AutoModelForCausalLM.from_pretrained(retrofit(base_folder, folder / "attnres", link=True, **options))
+    randomize_depth_attention(model, scale=scale).save_pretrained(folder / "trained")
+    AutoTokenizer.from_pretrained(base_folder).save_pretrained(folder / "trained")
+    return folder / "trained"
+
+
+def there_and_back(base_folder, work, **options):
+    """Retrofits a base, verifies that, and reverts it to the bytes of the base. Returns the retrofit."""
+    output = retrofit(base_folder, work / "attnres", **options)
+    assert verify(base_folder, output).passed
+    assert file_bytes(revert(output, work / "reverted")) == file_bytes(base_folder)
+    return output
 
 
 # Processes

@@ -42,11 +42,8 @@ def sublayers(layer, kwargs):
     if hasattr(layer, "temporal_block"):  # RecurrentGemma
 
         def temporal(h):
-            return [
-                first(
-                    layer.temporal_block(layer.temporal_pre_norm(h), kwargs["position_ids"], kwargs["attention_mask"])
-                )
-            ]
+            positions, mask = kwargs["position_ids"], kwargs["attention_mask"]
+            return [first(layer.temporal_block(layer.temporal_pre_norm(h), positions, mask))]
 
         return [temporal, lambda h: [layer.mlp_block(layer.channel_pre_norm(h))]]
 

@@ -64,6 +64,7 @@ INPUTS = {
     "positions of another length": {"input_ids": ids(3, 9), "position_ids": torch.arange(5)[None]},
     "positions beyond the longest": {"input_ids": ids(3, 9), "position_ids": torch.arange(9)[None] + 10**6},
     "neither tokens nor embeddings": {},
+    "tokens and embeddings": {"input_ids": ids(3, 9), "inputs_embeds": embeddings(3, 9)},
 }
 
 
@@ -164,9 +165,7 @@ def test_a_residual_stream_near_float16_s_largest_at_depth_96(attn_res, peak):
 @both_types
 @torch.no_grad()
 def test_a_masked_row_does_not_reach_the_others(attn_res):
-    model = trained(tiny_base("llama"), **attn_res)
-    tokens = ids(3, 9)
-    logits = model(tokens, attention_mask=mask_without(1)).logits
-    alone = model(tokens, attention_mask=mask_without()).logits
+    model, tokens = trained(tiny_base("llama"), **attn_res), ids(3, 9)
+    logits, alone = (model(tokens, attention_mask=mask).logits for mask in (mask_without(1), mask_without()))
     torch.testing.assert_close(logits[[0, 2]], alone[[0, 2]], rtol=0, atol=1e-5)
     assert logits[1].isfinite().all()

@@ -23,9 +23,8 @@ def train(model, folder, callback=True, eval_dataset=None, **arguments):
     torch.manual_seed(0)
     fields = {"max_steps": 6, "logging_steps": 2, "learning_rate": 5e-2, "save_strategy": "no", "report_to": "none"}
     fields |= {"per_device_train_batch_size": 4, "use_cpu": True, "disable_tqdm": True, **arguments}
-    trainer = Trainer(
-        model, TrainingArguments(folder, **fields), train_dataset=data(), eval_dataset=eval_dataset or data(4)
-    )
+    datasets = {"train_dataset": data(), "eval_dataset": eval_dataset or data(4)}
+    trainer = Trainer(model, TrainingArguments(folder, **fields), **datasets)
     if callback:
         trainer.add_callback(DepthAttentionCallback(trainer, per_sublayer=True))
     trainer.train()

@@ -13,6 +13,7 @@ from modeling_attnres.depth_attention import ATTN_RES_IMPLEMENTATIONS
 
 
 EPS = 1e-6
+on_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="fla's kernel runs on a CUDA device")
 both_scales = pytest.mark.parametrize("scale", ["sum", "mean"])
 each_implementation = pytest.mark.parametrize("attend", [ATTN_RES_IMPLEMENTATIONS[n] for n in ("eager", "streaming")])
 
@@ -50,17 +51,14 @@ def assert_gradients_are_the_formulas(output, tensors, scale, tolerance=1e-5):
 def test_values_and_gradients_are_those_of_fla(num_sources, scale, attend):
     ours, theirs = inputs(num_sources), inputs(num_sources)
     output = attend(ours[0], ours[1], tuple(ours[2:]), scale, EPS)
-    expected = naive_attnres(theirs[0], theirs[2:], theirs[1], rms_eps=EPS)
-    if scale == "sum":
-        expected = expected * num_sources
+    expected = naive_attnres(theirs[0], theirs[2:], theirs[1], rms_eps=EPS) * (num_sources if scale == "sum" else 1)
     torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
 
     direction = torch.randn(output.shape, generator=torch.Generator().manual_seed(1))
-    output.backward(direction)
-    expected.backward(direction)
-    for ours_tensor, theirs_tensor in zip(ours, theirs):
-        size = theirs_tensor.grad.abs().max().clamp(min=1e-3)
-        torch.testing.assert_close(ours_tensor.grad / size, theirs_tensor.grad / size, rtol=1e-4, atol=1e-5)
+    gradients = (torch.autograd.grad(*pair, direction) for pair in ((output, ours), (expected, theirs)))
+    for gradient, exact in zip(*gradients):
+        size = exact.abs().max().clamp(min=1e-3)
+        torch.testing.assert_close(gradient / size, exact / size, rtol=1e-4, atol=1e-5)
 
 
 @both_scales
@@ -102,11 +100,6 @@ def second_derivatives_by_functional_gradients(loss, tensors):
     return torch.func.grad(lambda *tensors: sum(g.square().sum() for g in gradients(*tensors)), all_of_them)(*tensors)
 
 
-def hessian_vector_product_forward_over_reverse(loss, tensors):
-    gradients = torch.func.grad(loss, tuple(range(len(tensors))))
-    return torch.func.jvp(gradients, tuple(tensors), tuple(tensors))[1]
-
-
 def gradients_of_each_example(loss, tensors):
     query, key_norm, *sources = tensors
     examples = [torch.stack([source, -source]) for source in sources]
@@ -136,7 +129,6 @@ def as_tuple(tensors):
     [
         second_derivatives_by_backward_of_some_inputs,
         second_derivatives_by_functional_gradients,
-        hessian_vector_product_forward_over_reverse,
         gradients_of_each_example,
         gradients_for_each_query,
         forward_mode_twice,
@@ -184,18 +176,13 @@ def test_the_module_computes_the_formula_at_its_temperature(tokens, scale):
     module = DepthAttention(AttnResConfig(hidden_size=64, attn_res_scale=scale, attn_res_temperature=3.0))
     module.load_state_dict({"query": query, "key_norm": key_norm})
     expected = formula(query / 3, key_norm, *sources, scale=scale)
-    torch.testing.assert_close(module(*sources).double(), expected, rtol=2**-8, atol=2e-6 * expected.abs().max().item())
-
-
-def test_the_modules_weights_are_those_of_its_output():
-    query, key_norm, *sources = inputs(3, torch.bfloat16, shape=(2, 7, 64))
-    module = DepthAttention(AttnResConfig(hidden_size=64, attn_res_scale="mean", attn_res_temperature=3.0))
-    module.load_state_dict({"query": query, "key_norm": key_norm})
+    tolerance = 2e-6 * expected.abs().max().item()
+    torch.testing.assert_close(module(*sources).double(), expected, rtol=2**-8, atol=tolerance)
     weights = module.attention_weights(*sources)
-    assert weights.shape == (2, 7, 3) and weights.dtype == torch.float32
-    output = torch.einsum("bts,sbth->bth", weights.double(), torch.stack(sources).double())
-    expected = formula(query / 3, key_norm, *sources, scale="mean")
-    torch.testing.assert_close(output, expected, rtol=0, atol=2e-6 * expected.abs().max().item())
+    assert weights.shape == (2, tokens, 3) and weights.dtype == torch.float32
+    of_weights = torch.einsum("bts,sbth->bth", weights.double(), torch.stack(sources).double())
+    s = 3 if scale == "sum" else 1
+    torch.testing.assert_close(s * of_weights, expected, rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize("gradients", [torch.enable_grad, torch.no_grad, torch.inference_mode])
@@ -227,7 +214,7 @@ def test_compiled_computes_the_formula(monkeypatch):
         assert_gradients_are_the_formulas(output, [module.query, module.key_norm, *sources], "sum", tolerance=1e-4)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="fla's kernel runs on a CUDA device")
+@on_cuda
 @both_scales
 def test_fla_on_cuda(scale):
     tensors = [tensor.detach().cuda().requires_grad_() for tensor in inputs(5, shape=(2, 50, 64))]
@@ -235,14 +222,8 @@ def test_fla_on_cuda(scale):
     expected = formula(*tensors, scale=scale)
     assert (output - expected).abs().max() < 1e-5 * expected.abs().max()
     assert_gradients_are_the_formulas(output, tensors, scale, tolerance=1e-4)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="fla's kernel runs on a CUDA device")
-def test_fla_refuses_second_derivatives():
-    query, key_norm, *sources = (tensor.detach().cuda().requires_grad_() for tensor in inputs(3, shape=(2, 50, 64)))
-    output = ATTN_RES_IMPLEMENTATIONS["fla"](query, key_norm, tuple(sources), "sum", EPS)
     with pytest.raises(NotImplementedError, match="choose 'streaming'"):
-        torch.autograd.grad(output.square().sum(), query, create_graph=True)
+        torch.autograd.grad(output.square().sum(), tensors[0], create_graph=True)
 
 
 def test_fla_on_a_cpu_says_what_to_do():
@@ -251,8 +232,7 @@ def test_fla_on_a_cpu_says_what_to_do():
         ATTN_RES_IMPLEMENTATIONS["fla"](query, key_norm, tuple(sources), "sum", EPS)
 
 
-def test_fla_without_the_package_says_what_is_missing():
-    code = """
+WITHOUT_FLA = """
 import sys
 sys.modules["fla.ops.attnres"] = None  # as in an fla older than 0.6
 import torch
@@ -262,6 +242,9 @@ try:
 except ImportError as error:
     print(error)
 """
-    message = run_python(code)
+
+
+def test_fla_without_the_package_says_what_is_missing():
+    message = run_python(WITHOUT_FLA)
     assert message.startswith("`attn_res_implementation` is 'fla'")
     assert "pip install -U flash-linear-attention" in message

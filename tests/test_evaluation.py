@@ -4,33 +4,27 @@ import json
 
 import pytest
 import yaml
-from helpers import randomize_depth_attention, run_example
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-from modeling_attnres.conversion import retrofit
+from helpers import run_example, trained_retrofit
 
 
-def task_file(folder, name, count=30, **fields):
+def task_file(folder, count=30, **fields):
     examples = [
         {"input": f"Is {number} even?", "target_scores": {"yes": 1 - number % 2, "no": number % 2, "maybe": 0}}
         for number in range(count)
     ]
-    (folder / name).mkdir(parents=True)
-    (folder / name / "task.json").write_text(json.dumps({"name": "any", "examples": examples, **fields}))
+    folder.mkdir(parents=True)
+    (folder / "task.json").write_text(json.dumps({"name": "any", "examples": examples, **fields}))
 
 
 @pytest.fixture
 def tasks(tmp_path):
     bigbench = tmp_path / "bigbench"
-    task_file(bigbench, "parity/plain")
-    task_file(
-        bigbench,
-        "parity/dressed",
-        **{"task_prefix": "Think.", "example_input_prefix": "\nNumber: ", "example_output_prefix": "\nAnswer: "},
-    )
-    task_file(bigbench, "few", count=29)
-    task_file(bigbench, "excluded")
-    task_file(bigbench, "long", task_prefix="x" * 400)  # three times, once for each choice
+    task_file(bigbench / "parity" / "plain")
+    prefixes = {"example_input_prefix": "\nNumber: ", "example_output_prefix": "\nAnswer: "}
+    task_file(bigbench / "parity" / "dressed", task_prefix="Think.", **prefixes)
+    task_file(bigbench / "few", count=29)
+    task_file(bigbench / "excluded")
+    task_file(bigbench / "long", task_prefix="x" * 400)  # three times, once for each choice
     run_example("experiments/evaluation/bigbench_tasks.py", bigbench, tmp_path / "tasks", "--exclude", "ex*")
     return tmp_path / "tasks"
 
@@ -52,17 +46,14 @@ def test_bigbench_files_become_tasks(tasks):
 
 def test_a_retrofit_chooses_as_its_base_does(tasks, smollm2_folder, tmp_path):
     pytest.importorskip("lm_eval", reason="`pip install lm-eval`")
-    attnres = retrofit(smollm2_folder, tmp_path / "attnres", link=True)
-    trained = randomize_depth_attention(AutoModelForCausalLM.from_pretrained(attnres), scale=0.3)
-    trained.save_pretrained(tmp_path / "trained")
-    AutoTokenizer.from_pretrained(attnres).save_pretrained(tmp_path / "trained")
+    trained, attnres = trained_retrofit(smollm2_folder, tmp_path, scale=0.3), tmp_path / "attnres"
     options = ("--include", tasks, "--tasks", "bigbench", "--limit", 6, "--output", tmp_path / "figures.json")
-    output = run_example("experiments/evaluation/evaluate.py", smollm2_folder, attnres, tmp_path / "trained", *options)
+    output = run_example("experiments/evaluation/evaluate.py", smollm2_folder, attnres, trained, *options)
     assert f"{attnres} chooses as {smollm2_folder} does on 12 of 12 questions." in output
     same = int(output.split(f"{tmp_path / 'trained'} chooses as {smollm2_folder} does on ")[1].split()[0])
     assert same < 12
     figures = json.loads((tmp_path / "figures.json").read_text())
-    assert figures["chooses_as_the_first"] == {str(attnres): [12, 12], str(tmp_path / "trained"): [same, 12]}
+    assert figures["chooses_as_the_first"] == {str(attnres): [12, 12], str(trained): [same, 12]}
     accuracies = figures["accuracy"]
     assert accuracies[str(attnres)] == accuracies[str(smollm2_folder)]
 

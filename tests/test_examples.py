@@ -81,8 +81,8 @@ def test_help(script, capsys):
 
 def test_quickstart(smollm2_folder, files, tmp_path):
     (tmp_path / "base").symlink_to(smollm2_folder)
-    command = (sys.executable, EXAMPLES / "quickstart.py", "--folder", tmp_path, "--steps", 1, "--files", files[0])
-    output = run(*command)
+    options = ("--folder", tmp_path, "--steps", 1, "--files", files[0])
+    output = run(sys.executable, EXAMPLES / "quickstart.py", *options)
     base, attnres = (output.split(f"{name}: ")[1].splitlines()[0].strip() for name in ("base", "AttnRes"))
     assert base == attnres and "Paris" in base
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "trained")
@@ -176,16 +176,16 @@ def test_retrofit_train_and_chat(base_folder, files, tmp_path):
     for option, num_trained in (("--attn_res_only=true", 6 * 2 * 64), ("--rank=2", None)):
         output = run_example("finetune_lora.py", *options, "--output_dir", tmp_path / "adapter", option)
         assert num_trained is None or f"trainable params: {num_trained} " in output
-        adapted = PeftModel.from_pretrained(
-            AutoModelForCausalLM.from_pretrained(tmp_path / "attnres"), tmp_path / "adapter"
-        )
+        retrofitted = AutoModelForCausalLM.from_pretrained(tmp_path / "attnres")
+        adapted = PeftModel.from_pretrained(retrofitted, tmp_path / "adapter")
         projections = [part for name, part in adapted.named_parameters() if "q_proj.lora_B" in name]
         assert len(projections) == (0 if num_trained else 3) and all((part != 0).any() for part in projections)
         assert (adapted.merge_and_unload().model.layers[-1].output_res.query != 0).any()
 
-    inputs = AutoTokenizer.from_pretrained(tmp_path / "trained")("import", return_tensors="pt")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "trained")
+    inputs = tokenizer("import", return_tensors="pt")
     tokens = model.generate(**inputs, max_new_tokens=5, do_sample=False)[0, inputs["input_ids"].shape[1] :]
-    expected = AutoTokenizer.from_pretrained(tmp_path / "trained").decode(tokens)
+    expected = tokenizer.decode(tokens)
     assert run_example("chat.py", tmp_path / "trained", "import", "--max-new-tokens", 5).strip() == expected.strip()
 
 
@@ -248,10 +248,8 @@ def pretrain(folder, *options):
     small += ("--widths", 16, "--tokens-per-parameter", 0.45, "--packages", folder / "packages.txt", "--rates", 1e-3)
     run_example("experiments/pretrain.py", folder, *small, "--output", folder / "losses.jsonl", *options)
     rows = [json.loads(line) for line in (folder / "losses.jsonl").read_text().splitlines()]
-    return {
-        (row["arm"], row["seed"], row["length"]): {point["step"]: point["loss"] for point in row["losses"]}
-        for row in rows
-    }
+    steps = [{point["step"]: point["loss"] for point in row["losses"]} for row in rows]
+    return {(row["arm"], row["seed"], row["length"]): losses for row, losses in zip(rows, steps)}
 
 
 def test_pretrain(tmp_path):
@@ -268,10 +266,8 @@ def test_pretrain(tmp_path):
     # The queries have moved very little, so the same batches give nearly the same loss
     assert last[2:4] == pytest.approx(last[:2], abs=2e-2) and last[2:4] != pytest.approx(last[:2], abs=1e-6)
     assert first[0] != first[1], "each seed has its own initial weights"
-    assert (
-        pretrain(tmp_path / "alone", "--arms", "base", "--lengths", 1, "--seeds", 0)["base", 0, 1]
-        == losses["base", 0, 1]
-    )
+    alone = pretrain(tmp_path / "alone", "--arms", "base", "--lengths", 1, "--seeds", 0)
+    assert alone["base", 0, 1] == losses["base", 0, 1]
 
     # The state of runs that were killed while they wrote a checkpoint
     for checkpoint in (tmp_path / "runs").glob("*/1/checkpoint-18"):
@@ -291,15 +287,13 @@ def test_pretrain(tmp_path):
 def test_retrofits_before_and_after_the_decay(tmp_path):
     pretrain(tmp_path, "--arms", "base", "--lengths", 0.8, 1, "--seeds", 0)
     output = tmp_path / "retrofits.jsonl"
-    run_example(
-        "experiments/retrofit_schedule.py", tmp_path, tmp_path / "losses.jsonl", "--output", output, "--factors", 1
-    )
+    options = ("--output", output, "--factors", 1)
+    run_example("experiments/retrofit_schedule.py", tmp_path, tmp_path / "losses.jsonl", *options)
     rows = {row["arm"]: row["losses"] for row in map(json.loads, output.read_text().splitlines())}
     first, last = ({arm: losses[i]["loss"] for arm, losses in rows.items()} for i in (0, -1))
     assert first["plateau"] == pytest.approx(first["base"], abs=1e-5), "a retrofit starts as its base"
-    assert (
-        first["finished"] == pytest.approx(first["finished-base"], abs=1e-5) != pytest.approx(first["base"], abs=1e-5)
-    )
+    assert first["finished"] == pytest.approx(first["finished-base"], abs=1e-5)
+    assert first["finished"] != pytest.approx(first["base"], abs=1e-5)
     # Queries alone change little in one step, and one of the four steps is theirs
     assert first["queries-first"] == pytest.approx(first["base"], abs=2e-2) and first["queries-first"] != first["base"]
     assert {arm: losses[-1]["step"] for arm, losses in rows.items()} == dict.fromkeys(rows, 4) | {"queries-first": 3}
@@ -311,9 +305,8 @@ def test_the_compute_multiplier():
     from plot_pretrain import multiplier
 
     def runs(length):
-        return {
-            seed: {"losses": [{"loss": 2 + 0.7 * length**-0.3 + error}]} for seed, error in enumerate((-1e-3, 1e-3))
-        }
+        losses = [2 + 0.7 * length**-0.3 + error for error in (-1e-3, 1e-3)]
+        return {seed: {"losses": [{"loss": loss}]} for seed, loss in enumerate(losses)}
 
     chosen = {(48, length, "base"): runs(length) for length in (0.5, 1.0, 2.0)} | {(48, 1.0, "block"): runs(1.25)}
     value, low, high = multiplier(chosen, 48, 1.0, "block")

@@ -4,11 +4,9 @@ import inspect
 
 import pytest
 import torch
-from helpers import attnres_of, randomize_depth_attention, tiny_base
+from helpers import tiny_base, trained, trained_retrofit
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaModel
 from transformers.integrations.executorch import TorchExportableModuleWithStaticCache
-
-from modeling_attnres.conversion import retrofit
 
 
 CACHE_NAME = "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters else "past_key_values"
@@ -17,11 +15,9 @@ CACHE_NAME = "cache" if "cache" in inspect.signature(LlamaModel.forward).paramet
 @pytest.fixture(params=["block", "full", "SmolLM2"])
 def model(request, tmp_path):
     if request.param == "SmolLM2":
-        folder = retrofit(request.getfixturevalue("smollm2_folder"), tmp_path / "attnres", link=True)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        return randomize_depth_attention(model, scale=0.002)
-    base = tiny_base("llama")
-    return randomize_depth_attention(attnres_of(base, attn_res_type=request.param, attn_res_block_size=2))
+        folder = trained_retrofit(request.getfixturevalue("smollm2_folder"), tmp_path, scale=0.002)
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return trained(tiny_base("llama"), attn_res_type=request.param, attn_res_block_size=2)
 
 
 def assert_same_logits(actual, expected, model):

@@ -8,6 +8,7 @@ import shutil
 import struct
 import tempfile
 from functools import cache
+from math import inf, nan
 from pathlib import Path
 
 import pytest
@@ -42,17 +43,15 @@ def random_bases(draw):
     return family, fields, dtype, draw(st.sampled_from(["5KB", "20KB", "100KB", "1GB"])), draw(st.booleans())
 
 
+OPTIONS = {
+    "attn_res_type": st.sampled_from(["block", "full"]),
+    "attn_res_block_size": st.none() | st.integers(1, 5),
+    "link": st.booleans(),
+}
+
+
 @settings(max_examples=settings.default.max_examples // 3)
-@given(
-    random_bases(),
-    st.fixed_dictionaries(
-        {
-            "attn_res_type": st.sampled_from(["block", "full"]),
-            "attn_res_block_size": st.none() | st.integers(1, 5),
-            "link": st.booleans(),
-        }
-    ),
-)
+@given(random_bases(), st.fixed_dictionaries(OPTIONS))
 def test_any_base(base, options):
     """A retrofit computes the same as its base, and revert gives the base back, also after transformers saved it."""
     family, fields, dtype, shard_size, has_head = base
@@ -130,9 +129,7 @@ def overwrite(file, overwritten):
     file.write_bytes(content)
 
 
-NUMBERS = st.sampled_from(
-    [0, -1, 1, 2, 3, 2**31, 2**63, -(2**63), 2**64, 10**30, 0.5, 1e308, float("nan"), float("inf")]
-)
+NUMBERS = st.sampled_from([0, -1, 1, 2, 3, 2**31, 2**63, -(2**63), 2**64, 10**30, 0.5, 1e308, nan, inf])
 TEXTS = st.sampled_from(["", ".", "..", "../base", "/etc/passwd", "None", "llama", "a/b", "\0", "\ud800", "F32"])
 VALUES = st.recursive(
     st.none() | st.booleans() | NUMBERS | st.integers() | st.floats() | TEXTS | st.text(max_size=8),
@@ -142,14 +139,12 @@ VALUES = st.recursive(
 OVERWRITTEN = st.lists(st.tuples(st.integers(0, 2**16), st.binary(max_size=4)), max_size=3)
 SHARD_NAMES = st.sampled_from(["model-00001-of-00002.safetensors", "../secret", "/etc/passwd", ".", "config.json"])
 TENSOR_NAMES = st.sampled_from([NORM, "a", "../a", "/a", "__metadata__", "model.embed_tokens.weight"])
-TENSOR = st.fixed_dictionaries(
-    {},
-    optional={
-        "dtype": st.sampled_from(["F32", "BF16", "I64", "F4", "F8_E8M0", "C64", "XX"]) | VALUES,
-        "shape": st.lists(NUMBERS | st.integers(0, 64), max_size=3) | VALUES,
-        "data_offsets": st.lists(NUMBERS | st.integers(0, 4096), max_size=3) | VALUES,
-    },
-)
+TENSOR_FIELDS = {
+    "dtype": st.sampled_from(["F32", "BF16", "I64", "F4", "F8_E8M0", "C64", "XX"]) | VALUES,
+    "shape": st.lists(NUMBERS | st.integers(0, 64), max_size=3) | VALUES,
+    "data_offsets": st.lists(NUMBERS | st.integers(0, 4096), max_size=3) | VALUES,
+}
+TENSOR = st.fixed_dictionaries({}, optional=TENSOR_FIELDS)
 TOKENIZER_FIELDS = st.sampled_from(
     ["tokenizer_class", "backend", "auto_map", "pad_token", "vocab_file", "tokenizer_file", "fast_tokenizer_files"]
 )

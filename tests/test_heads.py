@@ -2,7 +2,17 @@
 
 import pytest
 import torch
-from helpers import BLOCK, INPUT_IDS, TINY, attnres_of, run_isolated, tensor_hashes, tiny_base, tiny_base_config
+from helpers import (
+    BLOCK,
+    INPUT_IDS,
+    TINY,
+    attnres_of,
+    run_isolated,
+    tensor_hashes,
+    there_and_back,
+    tiny_base,
+    tiny_base_config,
+)
 from transformers import (
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
@@ -10,7 +20,7 @@ from transformers import (
 )
 
 from modeling_attnres import AttnResConfig
-from modeling_attnres.conversion import retrofit, revert, verify
+from modeling_attnres.conversion import revert
 
 
 HEADS = {
@@ -60,8 +70,7 @@ def test_outputs_and_gradients_are_the_base_s(head, family, tokens):
 def test_classifiers_can_be_retrofitted_and_loaded_without_the_package(head, tmp_path, tokens):
     base = base_with_head(head)
     base.save_pretrained(tmp_path / "base")
-    output = retrofit(tmp_path / "base", tmp_path / "attnres", **BLOCK)
-    assert verify(tmp_path / "base", output).passed
+    output = there_and_back(tmp_path / "base", tmp_path, **BLOCK)
     model = HEADS[head].from_pretrained(output)
     assert type(model).__name__ == f"AttnRes{head}" and model.config.num_labels == 3
 
@@ -78,15 +87,13 @@ with torch.no_grad():
     torch.testing.assert_close(result["logits"], expected, rtol=0, atol=1e-5)
 
     model.save_pretrained(tmp_path / "saved")
-    revert(tmp_path / "saved", tmp_path / "reverted")
-    assert tensor_hashes(tmp_path / "reverted") == tensor_hashes(tmp_path / "base")
-    assert type(HEADS[head].from_pretrained(tmp_path / "reverted")) is type(base)
+    revert(tmp_path / "saved", tmp_path / "of saved")
+    assert tensor_hashes(tmp_path / "of saved") == tensor_hashes(tmp_path / "base")
+    assert type(HEADS[head].from_pretrained(tmp_path / "of saved")) is type(base)
 
 
-def test_a_language_model_becomes_a_classifier(tmp_path):
-    """A reward model starts from a language model's weights, with a new head."""
-    model = attnres_of(tiny_base("llama"), **BLOCK)
-    model.save_pretrained(tmp_path)
+def test_a_language_model_becomes_a_reward_model_with_a_new_head(tmp_path):
+    attnres_of(tiny_base("llama"), **BLOCK).save_pretrained(tmp_path)
     reward, info = AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=1, output_loading_info=True)
     assert set(info["missing_keys"]) == {"score.weight"}
     assert reward.score.weight.shape == (1, TINY["hidden_size"]) and 0 < reward.score.weight.std() < 0.05

@@ -1,9 +1,8 @@
-"""Inspect: its numbers against a forward pass written out here, its tables, command and page; the pictures."""
+"""Inspect: its numbers, computed here from what test_probing.py tests; its tables, command and page; the pictures."""
 
 import html
 import json
 import math
-import os
 import re
 import shutil
 from dataclasses import replace
@@ -11,7 +10,6 @@ from urllib.parse import quote
 
 import plot_inspection
 import pytest
-import reference
 import torch
 from helpers import (
     BLOCK,
@@ -25,8 +23,9 @@ from helpers import (
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from modeling_attnres import ATTN_RES_MODULES, DepthAttention
+from modeling_attnres import ATTN_RES_MODULES
 from modeling_attnres.conversion import inspect_checkpoint, inspect_model, retrofit
+from modeling_attnres.probing import depth_attentions, masked_sources, recorded_weights
 
 
 WORDS = [f"word{i}" for i in range(99)]
@@ -58,31 +57,24 @@ def load(folder):
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
-def modules(model):
-    return [module for module in model.modules() if isinstance(module, DepthAttention)]
-
-
 @torch.no_grad()
 def test_weights_entropies_queries_and_loss(folders, inspection):
     model = load(folders / "step-200")
-    given = []
-    for module in modules(model):
-        module.register_forward_pre_hook(lambda module, sources: given.append((module, sources)))
-    logits = model(INPUT_IDS).logits[0].double()
+    with recorded_weights(model) as recorded:
+        logits = model(INPUT_IDS).logits[0].double()
     loss = -logits[:-1].log_softmax(-1).gather(-1, INPUT_IDS[0, 1:, None]).mean().item()
     assert inspection.loss == pytest.approx(loss, abs=1e-5)
-    assert inspection.sublayers == SUBLAYERS and inspection.tokens == TEXT.split()
+    assert inspection.sublayers == SUBLAYERS == list(recorded) and inspection.tokens == TEXT.split()
     assert inspection.sources == ["embedding", "layers 0-1", "layers 2-3", "layer 4"]
-    entropies = inspection.entropies
-    for i, (module, sources) in enumerate(given):
-        weights = reference.attention_weights(*reference.parameters(module), sources)[0][0]
-        count = len(sources)
-        torch.testing.assert_close(inspection.weights[i, :, :count].double(), weights, rtol=0, atol=1e-6)
+    for i, (name, ((weights,),)) in enumerate(recorded.items()):
+        count = weights.shape[-1]
+        torch.testing.assert_close(inspection.weights[i, :, :count], weights, rtol=0, atol=1e-6)
         assert inspection.weights[i, :, count:].isnan().all()
-        torch.testing.assert_close(inspection.mean_weights[i, :count].double(), weights.mean(0), rtol=0, atol=1e-6)
+        torch.testing.assert_close(inspection.mean_weights[i, :count], weights.mean(0), rtol=0, atol=1e-6)
         entropy = torch.distributions.Categorical(probs=weights).entropy() / math.log(count)
-        torch.testing.assert_close(entropies[i].double(), entropy, rtol=0, atol=1e-5)
-        assert inspection.query_norms[i].item() == pytest.approx(module.query.norm().item())
+        torch.testing.assert_close(inspection.entropies[i], entropy, rtol=0, atol=1e-5)
+        query = depth_attentions(model)[name].query
+        assert inspection.query_norms[i].item() == pytest.approx(query.norm().item())
 
 
 def test_a_retrofit_is_uniform(folders):
@@ -93,19 +85,13 @@ def test_a_retrofit_is_uniform(folders):
 
 
 @torch.no_grad()
-def test_ablation_is_the_loss_with_the_logit_of_a_source_at_minus_infinity(folders, inspection):
+def test_ablation_is_the_change_of_the_loss_without_a_source(folders, inspection):
     model = load(folders / "step-200")
     for name, source in (("layer 0 MLP", 0), ("layer 3 attention", 1), ("layer 4 MLP", 2), ("output", 3)):
-        row = SUBLAYERS.index(name)
-        module = modules(model)[row]
-
-        def without(*sources, module=module, source=source, **_):
-            kept = torch.arange(len(sources)) != source
-            return reference.depth_attention(*reference.parameters(module), sources, "sum", kept=kept).float()
-
-        module.forward = without
-        change = model(INPUT_IDS, labels=INPUT_IDS).loss.item() - inspection.loss
-        del module.forward
+        row, mask = SUBLAYERS.index(name), torch.ones(10, 4, dtype=torch.bool)
+        mask[row, source] = False
+        with masked_sources(model, mask):
+            change = model(INPUT_IDS, labels=INPUT_IDS).loss.item() - inspection.loss
         assert inspection.loss_changes[row, source].item() == pytest.approx(change, abs=2e-5)
         assert abs(change) > 1e-4
     assert torch.equal(inspection.loss_changes.isnan(), inspection.mean_weights.isnan())
@@ -216,16 +202,12 @@ in_a_browser = pytest.mark.skipif(
 
 
 @pytest.fixture(scope="module")
-def browser(tmp_path_factory):
+def browser():
     from selenium import webdriver
 
     options = webdriver.ChromeOptions()
     options.binary_location = CHROMIUM
-    for flag in (
-        *("headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-component-update"),
-        *("disable-background-networking", "disable-sync", "window-size=1200,900"),
-        f"user-data-dir={tmp_path_factory.mktemp('chromium')}",
-    ):
+    for flag in ("headless", "no-sandbox", "disable-quic", "disable-background-networking", "window-size=1200,900"):
         options.add_argument(f"--{flag}")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     driver = webdriver.Chrome(options, webdriver.ChromeService(CHROMEDRIVER))
@@ -280,8 +262,7 @@ def test_picking_a_token_shows_its_weights(page, inspection):
 
 
 @in_a_browser
-def test_the_ablation(page, inspection):
-    """It is of the whole text: tokens cannot be picked, and none of them changes the view."""
+def test_the_ablation_is_of_the_whole_text(page, inspection):
     from selenium.webdriver.common.by import By
     from selenium.webdriver.support.select import Select
 
@@ -305,10 +286,6 @@ def test_it_asks_for_nothing_but_itself_and_logs_no_error(page):
     ]
     assert len(requests) == 1 and requests[0].startswith("file://")
     assert not page.get_log("browser")
-    screenshot = os.environ.get("ATTNRES_SCREENSHOT")  # to look at
-    if screenshot:
-        page.find_elements("css selector", "#tokens button")[5].click()
-        page.save_screenshot(screenshot)
 
 
 def test_a_text_cannot_break_out_of_the_page(inspection):

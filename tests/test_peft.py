@@ -18,7 +18,6 @@ from peft import (
 )
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig
 
 from modeling_attnres import ATTN_RES_MODULES, AttnResConfig, AttnResForCausalLM, with_base_targets
 
@@ -105,20 +104,12 @@ def test_two_adapters_in_one_model(adapter, base, tokens, tmp_path):
 
 def test_attn_res_alone_is_a_light_adapter():
     """In the shape of SmolLM2-135M: 60 depth attentions with two vectors of 576 numbers each."""
-    base = LlamaConfig(
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=30,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        vocab_size=49152,
-        tie_word_embeddings=True,
-    )
+    shape = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}
+    config = AttnResConfig(**shape, num_hidden_layers=30, vocab_size=49152, tie_word_embeddings=True)
     with torch.device("meta"):
-        model = AttnResForCausalLM(AttnResConfig.from_base_config(base))
-        trained, total = get_peft_model(model, ADAPTERS["AttnRes alone"]()).get_nb_trainable_parameters()
-    assert trained == 60 * 2 * 576
-    assert trained / total < 0.001
+        adapted = get_peft_model(AttnResForCausalLM(config), ADAPTERS["AttnRes alone"]())
+    trained, total = adapted.get_nb_trainable_parameters()
+    assert trained == 60 * 2 * 576 and trained / total < 0.001
 
 
 @pytest.mark.parametrize("config", [PromptTuningConfig, PrefixTuningConfig])
@@ -135,15 +126,12 @@ def test_virtual_tokens(config, base, tokens):
     assert torch.equal(actual, expected)
 
 
-def test_hidden_states_with_an_adapter(base, tokens):
+@each_adapter
+def test_hidden_states_with_an_adapter(adapter, base, tokens):
     """Hidden states are recorded by class and name of a module, and adapters wrap modules."""
-    model = attnres_of(base)
-    expected = model(**tokens, output_hidden_states=True).hidden_states
-    for adapter in ADAPTERS.values():
-        actual = get_peft_model(attnres_of(base), adapter()).eval()(**tokens, output_hidden_states=True).hidden_states
-        assert len(actual) == len(expected) == 6
-        for ours, theirs in zip(actual, expected):
-            torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+    models = attnres_of(base), get_peft_model(attnres_of(base), adapter()).eval()
+    expected, actual = (model(**tokens, output_hidden_states=True).hidden_states for model in models)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
 
 
 def trained_shapes(model):
@@ -155,9 +143,8 @@ def trained_shapes(model):
 def test_default_targets_are_those_of_the_base(config, family):
     base = tiny_base(family)
     model = attnres_of(base)
-    adapted = get_peft_model(model, with_base_targets(model, config(task_type="CAUSAL_LM")))
-    expected = trained_shapes(get_peft_model(base, config(task_type="CAUSAL_LM")))
-    assert trained_shapes(adapted) == expected
+    actual = trained_shapes(get_peft_model(model, with_base_targets(model, config(task_type="CAUSAL_LM"))))
+    assert actual == trained_shapes(get_peft_model(base, config(task_type="CAUSAL_LM")))
 
 
 # The directory of the experts in checkpoints and adapters of transformers 4, and their gate, up and down projections
@@ -181,8 +168,7 @@ def test_an_adapter_of_transformers_4_has_its_experts(family, tokens, tmp_path):
                 prefix = f"base_model.model.model.layers.{i}.{block}.experts.{number}.{module}"
                 adapter[f"{prefix}.lora_A.weight"] = torch.randn(4, sizes[0])
                 adapter[f"{prefix}.lora_B.weight"] = torch.randn(sizes[1], 4)
-    config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=projections)
-    config.save_pretrained(tmp_path)
+    LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=projections).save_pretrained(tmp_path)
     save_file(adapter, tmp_path / "adapter_model.safetensors")
     model = attnres_of(base)
     config = with_base_targets(model, PeftConfig.from_pretrained(tmp_path))

@@ -2,16 +2,16 @@
 
 import pytest
 import torch
-from helpers import new_shard, tensor_hashes, tiny_base
+from helpers import tensor_hashes, there_and_back, tiny_base
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 
 from modeling_attnres import ATTN_RES_MODULES, AttnResForCausalLM
-from modeling_attnres.conversion import retrofit, revert, verify
+from modeling_attnres.conversion import retrofit
 
 
 SHAPE = {"hidden_size": 64, "intermediate_size": 128, "attention_bias": False, "mlp_bias": False}
+TOKENS = torch.arange(1, 15)[None]
 
 
 def int8_weight_only():
@@ -27,62 +27,49 @@ QUANTIZERS = {
 }
 
 
-@pytest.mark.parametrize("name", QUANTIZERS)
-def test_a_retrofit_of_a_quantized_base(name, tmp_path):
-    package, config = QUANTIZERS[name]
+@pytest.fixture(params=QUANTIZERS)
+def quantize(request, tmp_path):
+    """The arguments of `from_pretrained` that quantize a model, such as the base in the folder `float`."""
+    package, config = QUANTIZERS[request.param]
     pytest.importorskip(package)
     tiny_base("llama", **SHAPE, tie_word_embeddings=False).save_pretrained(tmp_path / "float")
-    base = AutoModelForCausalLM.from_pretrained(tmp_path / "float", quantization_config=config(), dtype=torch.float32)
-    base.save_pretrained(tmp_path / "base")
+    return {"quantization_config": config(), "dtype": torch.float32}
 
-    output = retrofit(tmp_path / "base", tmp_path / "attnres")
+
+def assert_same_logits(model, base):
+    with torch.no_grad():
+        torch.testing.assert_close(model(TOKENS).logits, base(TOKENS).logits, rtol=0, atol=1e-4)
+
+
+def test_a_retrofit_of_a_quantized_base(quantize, tmp_path):
+    AutoModelForCausalLM.from_pretrained(tmp_path / "float", **quantize).save_pretrained(tmp_path / "base")
+    output = there_and_back(tmp_path / "base", tmp_path)
     base_hashes, hashes = tensor_hashes(tmp_path / "base"), tensor_hashes(output)
     assert {tensor: hashes[tensor] for tensor in base_hashes} == base_hashes
-    assert {tensor.dtype for tensor in load_file(new_shard(output)).values()} == {torch.float32}
 
     base, model = (AutoModelForCausalLM.from_pretrained(folder) for folder in (tmp_path / "base", output))
     assert type(model.model.layers[1].mlp.up_proj) is type(base.model.layers[1].mlp.up_proj)
     dtypes = {p.dtype for n, p in model.named_parameters() if n.endswith(("_res.query", "_res.key_norm"))}
     assert dtypes == {torch.float32}
-    tokens = torch.arange(1, 15)[None]
-    with torch.no_grad():
-        torch.testing.assert_close(model(tokens).logits, base(tokens).logits, rtol=0, atol=1e-4)
+    assert_same_logits(model, base)
     options = {"max_new_tokens": 16, "do_sample": False}
-    assert torch.equal(model.generate(tokens, **options), base.generate(tokens, **options))
-    assert verify(tmp_path / "base", output).passed
-    revert(output, tmp_path / "reverted")
-    assert tensor_hashes(tmp_path / "reverted") == base_hashes
+    assert torch.equal(model.generate(TOKENS, **options), base.generate(TOKENS, **options))
 
 
-@pytest.mark.parametrize("name", QUANTIZERS)
-def test_a_loaded_quantized_base_becomes_an_attnres_model(name, tmp_path):
-    package, config = QUANTIZERS[name]
-    pytest.importorskip(package)
-    tiny_base("llama", **SHAPE, tie_word_embeddings=False).save_pretrained(tmp_path / "float")
-    base, expected = (
-        AutoModelForCausalLM.from_pretrained(tmp_path / "float", quantization_config=config(), dtype=torch.float32)
-        for _ in range(2)
-    )
+def test_a_loaded_quantized_base_becomes_an_attnres_model(quantize, tmp_path):
+    base, expected = (AutoModelForCausalLM.from_pretrained(tmp_path / "float", **quantize) for _ in range(2))
     weight = base.model.layers[1].mlp.up_proj.weight
     model = AttnResForCausalLM.from_base(base)
     assert model.model.layers[1].mlp.up_proj.weight is weight and model.is_quantized
     # Before a forward pass: on a CPU, bitsandbytes then packs 4-bit weights in a form that it cannot save
     model.save_pretrained(tmp_path / "attnres")
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "attnres")
-    tokens = torch.arange(1, 15)[None]
-    with torch.no_grad():
-        for actual in (model, loaded):
-            torch.testing.assert_close(actual(tokens).logits, expected(tokens).logits, rtol=0, atol=1e-4)
+    for actual in (model, AutoModelForCausalLM.from_pretrained(tmp_path / "attnres")):
+        assert_same_logits(actual, expected)
 
 
 @pytest.mark.parametrize("order", ["quantized, then retrofitted", "retrofitted, then quantized"])
-@pytest.mark.parametrize("name", QUANTIZERS)
-def test_lora_of_a_quantized_model(name, order, tmp_path):
+def test_lora_of_a_quantized_model(quantize, order, tmp_path):
     """QLoRA and its like: from the quantized base's loss, with gradient checkpointing, to disk and back."""
-    package, config = QUANTIZERS[name]
-    pytest.importorskip(package)
-    tiny_base("llama", **SHAPE, tie_word_embeddings=False).save_pretrained(tmp_path / "float")
-    quantize = {"quantization_config": config(), "dtype": torch.float32}
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "float", **quantize)
     if order == "quantized, then retrofitted":
         base.save_pretrained(tmp_path / "base")
@@ -99,9 +86,8 @@ def test_lora_of_a_quantized_model(name, order, tmp_path):
         return get_peft_model(model, lora).train()
 
     kind = type(base.model.layers[1].mlp.up_proj)
-    tokens = torch.arange(1, 15)[None]
     # Where gradients are wanted bitsandbytes computes otherwise, so the base gets a LoRA too
-    base_loss = with_lora(base, None)(tokens, labels=tokens).loss.item()
+    base_loss = with_lora(base, None)(TOKENS, labels=TOKENS).loss.item()
     model = with_lora(load(), ATTN_RES_MODULES)
     assert type(model.get_base_model().model.layers[1].mlp.up_proj.base_layer) is kind
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -111,7 +97,7 @@ def test_lora_of_a_quantized_model(name, order, tmp_path):
     optimizer = torch.optim.AdamW(trained.values(), lr=1e-2)
     losses = []
     for _ in range(5):
-        loss = model(tokens, labels=tokens).loss
+        loss = model(TOKENS, labels=TOKENS).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -122,5 +108,5 @@ def test_lora_of_a_quantized_model(name, order, tmp_path):
     model.save_pretrained(tmp_path / "adapter")
     loaded = PeftModel.from_pretrained(prepare_model_for_kbit_training(load()), tmp_path / "adapter")
     with torch.no_grad():
-        expected, actual = (m.eval()(tokens).logits for m in (model, loaded))
+        expected, actual = (m.eval()(TOKENS).logits for m in (model, loaded))
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)

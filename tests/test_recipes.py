@@ -24,6 +24,13 @@ def recipe(tool):
     return re.findall(r"```\w+\n(.*?)```", section, re.DOTALL)
 
 
+def run_recipe(tool):
+    """The names that the recipe in Python defines."""
+    namespace = {}
+    exec(*recipe(tool), namespace)
+    return namespace
+
+
 @pytest.fixture
 def folder(tokenizer, tmp_path, monkeypatch):
     tokenizer.chat_template = "{% for message in messages %}<{{ message.role }}>{{ message.content }}\n{% endfor %}"
@@ -79,9 +86,7 @@ def test_peft(adapter):
 
 def test_bitsandbytes(folder):
     bitsandbytes = pytest.importorskip("bitsandbytes")
-    namespace = {}
-    exec(*recipe("bitsandbytes"), namespace)
-    model = namespace["model"]
+    model = run_recipe("bitsandbytes")["model"]
     assert sum(isinstance(module, bitsandbytes.nn.Linear4bit) for module in model.modules()) == 7 * 5
     reads = [module for module in model.modules() if isinstance(module, DepthAttention)]
     assert len(reads) == 10 and all(read.query.dtype == read.key_norm.dtype == torch.float32 for read in reads)
@@ -89,10 +94,9 @@ def test_bitsandbytes(folder):
 
 def test_sentence_transformers(folder):
     sentence_transformers = pytest.importorskip("sentence_transformers")
-    namespace = {}
-    exec(*recipe("sentence-transformers"), namespace)
+    embeddings = run_recipe("sentence-transformers")["embeddings"]
     expected = sentence_transformers.SentenceTransformer("base").encode(["one sentence", "another"])
-    assert expected.shape == (2, 64) and namespace["embeddings"] == pytest.approx(expected, abs=1e-5)
+    assert expected.shape == (2, 64) and embeddings == pytest.approx(expected, abs=1e-5)
 
 
 def test_mergekit(folder):

@@ -4,11 +4,11 @@ import json
 
 import pytest
 import torch
-from helpers import AUTO_CLASSES, BLOCK, INPUT_IDS, edit_json, run_isolated, save_base, tiny_base, trained
+from helpers import AUTO_CLASSES, BLOCK, INPUT_IDS, run_isolated, save_base, there_and_back, tiny_base, trained
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.dynamic_module_utils import get_relative_imports
 
-from modeling_attnres.conversion import retrofit, revert, verify
+from modeling_attnres.conversion import retrofit
 
 
 @pytest.fixture
@@ -31,17 +31,17 @@ with torch.no_grad():
 
 
 @pytest.mark.parametrize("saved_class", ["AttnResForCausalLM", "AttnResModel"])
+@torch.no_grad()
 def test_a_saved_model_loads_without_the_package(saved_class, tmp_path):
     model = trained(tiny_base("qwen2"), **BLOCK)
     (model if saved_class == "AttnResForCausalLM" else model.model).save_pretrained(tmp_path / "saved")
     assert json.loads((tmp_path / "saved" / "config.json").read_text())["auto_map"].keys() == AUTO_CLASSES
     result = run_isolated(FORWARD, tmp_path / "saved", tmp_path)
-    with torch.no_grad():
-        # Up to the order in which a matrix product is summed, which depends on where a file's tensors lie in memory
-        torch.testing.assert_close(result["hidden"], model.model(INPUT_IDS).last_hidden_state, rtol=0, atol=1e-5)
-        if saved_class == "AttnResForCausalLM":
-            torch.testing.assert_close(result["logits"], model(INPUT_IDS).logits, rtol=0, atol=1e-5)
-            assert torch.equal(result["generated"], model.generate(INPUT_IDS, max_new_tokens=8, do_sample=False))
+    # Up to the order in which a matrix product is summed, which depends on where a file's tensors lie in memory
+    torch.testing.assert_close(result["hidden"], model.model(INPUT_IDS).last_hidden_state, rtol=0, atol=1e-5)
+    if saved_class == "AttnResForCausalLM":
+        torch.testing.assert_close(result["logits"], model(INPUT_IDS).logits, rtol=0, atol=1e-5)
+        assert torch.equal(result["generated"], model.generate(INPUT_IDS, max_new_tokens=8, do_sample=False))
 
 
 TRAIN = """
@@ -153,18 +153,14 @@ def test_the_tokenizer_needs_no_code_and_no_package(named, tmp_path):
     """With the rope fields that checkpoints of transformers 4 have."""
     expected = []
     for rope, (family, rope_scaling) in ROPES.items():
-        base = save_base(tmp_path / rope / "base", family, rope_parameters=None)
+        base = save_base(tmp_path / rope / "base", family)
         config = json.loads((base / "config.json").read_text())
         del config["rope_parameters"]
-        (base / "config.json").write_text(json.dumps({**config, "rope_theta": 5000.0}))
-        if rope_scaling:
-            edit_json(base / "config.json", rope_scaling=rope_scaling)
+        scaling = {"rope_scaling": rope_scaling} if rope_scaling else {}
+        (base / "config.json").write_text(json.dumps({**config, "rope_theta": 5000.0, **scaling}))
         if not named:
             (base / "tokenizer_config.json").unlink()
-        output = retrofit(base, tmp_path / rope / "attnres")
-        assert verify(base, output).passed
-        reverted = revert(output, tmp_path / rope / "reverted")
-        assert (reverted / "config.json").read_bytes() == (base / "config.json").read_bytes()
+        there_and_back(base, tmp_path / rope)
         expected.append(str(AutoTokenizer.from_pretrained(base)("word").input_ids))
     script = f"""
 for rope in {list(ROPES)}:

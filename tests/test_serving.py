@@ -7,11 +7,9 @@ import sys
 
 import pytest
 import torch
-from helpers import EXAMPLES, randomize_depth_attention, run_isolated
+from helpers import EXAMPLES, run_isolated, trained_retrofit
 from server import chat, served
 from transformers import AutoModelForCausalLM, AutoTokenizer
-
-from modeling_attnres.conversion import retrofit
 
 
 QUESTIONS = ["Name three colors of the rainbow.", "What is the capital of France?"]
@@ -20,12 +18,7 @@ MAX_TOKENS = 16
 
 @pytest.fixture(scope="module")
 def trained_folder(smollm2_folder, tmp_path_factory):
-    """SmolLM2-135M-Instruct retrofitted, with queries as after training."""
-    folder = tmp_path_factory.mktemp("trained")
-    model = AutoModelForCausalLM.from_pretrained(retrofit(smollm2_folder, folder / "attnres", link=True))
-    randomize_depth_attention(model, scale=0.002).save_pretrained(folder / "trained")
-    AutoTokenizer.from_pretrained(smollm2_folder).save_pretrained(folder / "trained")
-    return folder / "trained"
+    return trained_retrofit(smollm2_folder, tmp_path_factory.mktemp("trained"), scale=0.002)
 
 
 def load(folder):
@@ -47,28 +40,21 @@ def greedy(model, inputs, **options):
 def expected(trained_folder, smollm2_folder):
     """The answers of `generate` by question. Those of the base differ."""
     tokenizer = AutoTokenizer.from_pretrained(trained_folder)
+    inputs = [chat_inputs(trained_folder, question) for question in QUESTIONS]
     texts, base_texts = (
-        {
-            question: tokenizer.decode(greedy(model, chat_inputs(folder, question)), skip_special_tokens=True)
-            for question in QUESTIONS
-        }
-        for folder, model in ((folder, load(folder)) for folder in (trained_folder, smollm2_folder))
+        [tokenizer.decode(greedy(model, each), skip_special_tokens=True) for each in inputs]
+        for model in map(load, (trained_folder, smollm2_folder))
     )
-    assert all(texts[question] != base_texts[question] for question in QUESTIONS)
-    return texts
+    assert all(text != base_text for text, base_text in zip(texts, base_texts))
+    return dict(zip(QUESTIONS, texts))
 
 
 def test_transformers_serve_and_chat(trained_folder, expected, tmp_path):
     for package in ("fastapi", "uvicorn", "openai"):
         pytest.importorskip(package, reason="`pip install transformers[serving]` installs the packages of a server")
-    options = ("--dtype", "float32", "--device", "cpu")
-    with served(
-        sys.executable,
-        EXAMPLES / "serving" / "transformers_serve.py",
-        *options,
-        log=tmp_path / "log",
-        HF_HOME=str(tmp_path),
-    ) as url:
+    script = EXAMPLES / "serving" / "transformers_serve.py"
+    command = (sys.executable, script, "--dtype", "float32", "--device", "cpu")
+    with served(*command, log=tmp_path / "log", HF_HOME=str(tmp_path)) as url:
         for question, text in expected.items():
             assert chat(url, trained_folder, question, MAX_TOKENS) == text
             assert chat(url, trained_folder, question, MAX_TOKENS, stream=True) == text

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 import vllm_families
-from helpers import attnres_of, randomize_depth_attention, tiny_base
+from helpers import tiny_base, trained, trained_retrofit
 from peft import LoraConfig, get_peft_model
 from server import chat, served
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -21,7 +21,6 @@ from vllm_environment import VLLM_PYTHON, environment, job, run_jobs
 from vllm_families import OPTIONS, larger
 
 from modeling_attnres import ATTN_RES_MODULES
-from modeling_attnres.conversion import retrofit
 
 
 pytestmark = pytest.mark.skipif(
@@ -32,19 +31,29 @@ REMOTE_CODE = {"trust_remote_code": True, "model_impl": "transformers"}
 # A step takes this many tokens: a longer prompt comes in chunks
 CHUNK = 128
 LENGTHS = (3, 300, 40, 9, 130)
+SIZES = {"max_num_batched_tokens": CHUNK, "max_model_len": 512}
 MAX_TOKENS = 24
+TINY_PROMPTS = [[5, 9, 2], [*range(1, 41)]]
 
 
 @pytest.fixture(scope="module", params=["block", "full"])
 def trained_folder(request, smollm2_folder, tmp_path_factory):
-    """SmolLM2-135M-Instruct retrofitted, with queries as after training."""
     folder = tmp_path_factory.mktemp(request.param)
-    model = AutoModelForCausalLM.from_pretrained(
-        retrofit(smollm2_folder, folder / "attnres", attn_res_type=request.param, link=True)
-    )
-    randomize_depth_attention(model, scale=0.004).save_pretrained(folder / "trained")
-    AutoTokenizer.from_pretrained(smollm2_folder).save_pretrained(folder / "trained")
-    return folder / "trained"
+    return trained_retrofit(smollm2_folder, folder, scale=0.004, attn_res_type=request.param)
+
+
+def generated(work, job, expected, **variables):
+    """Runs the job, whose tokens have to be those expected, twice. Returns its result and vLLM's output."""
+    (result,), log = run_jobs([job], work, **variables)
+    assert "error" not in result, log[-8000:]
+    assert result["tokens"] == [expected, expected]
+    return result, log
+
+
+def refused(work, job, message, **variables):
+    (result,), log = run_jobs([job], work, **variables)
+    assert "error" in result and message in log, log[-8000:]
+    return log
 
 
 @pytest.fixture(scope="module")
@@ -69,14 +78,10 @@ def expected(trained_folder, smollm2_folder, prompts):
 @pytest.mark.parametrize("mode", MODES)
 def test_vllm_generates_what_generate_does(mode, trained_folder, prompts, expected, tmp_path):
     """Prompts of mixed length in one batch, two of them in chunks; the second time out of the prefix cache."""
-    options = {"max_num_batched_tokens": CHUNK, "max_num_seqs": 8, "max_model_len": 512, "block_size": 32}
     assert max(LENGTHS) > 2 * CHUNK
-    (result,), log = run_jobs(
-        [job(trained_folder, prompts, MAX_TOKENS, **options, enable_prefix_caching=True, **MODES[mode])], tmp_path
-    )
-    assert "error" not in result, log[-8000:]
+    options = {**SIZES, "max_num_seqs": 8, "block_size": 32, "enable_prefix_caching": True, **MODES[mode]}
+    result, _ = generated(tmp_path, job(trained_folder, prompts, MAX_TOKENS, **options), expected)
     assert any(tmp_path.rglob("*.so")) == (mode == "compiled"), "what torch's compiler leaves behind"
-    assert result["tokens"] == [expected, expected]
     # All whole blocks of 32 but the one that holds a prompt's last token
     assert result["cached"] == sum((length - 1) // 32 * 32 for length in LENGTHS)
 
@@ -99,19 +104,15 @@ def with_twelve_heads(folder, output):
 
 def test_vllm_without_the_plugin(trained_folder, prompts, expected, tmp_path):
     """By the code in the checkpoint."""
-    options = {"enforce_eager": True, "max_model_len": 512, "max_num_batched_tokens": CHUNK, **REMOTE_CODE}
-    (result,), log = run_jobs([job(trained_folder, prompts, MAX_TOKENS, **options)], tmp_path, VLLM_PLUGINS="")
-    assert "error" not in result, log[-8000:]
-    assert result["tokens"] == [expected, expected]
+    options = {"enforce_eager": True, **SIZES, **REMOTE_CODE}
+    generated(tmp_path, job(trained_folder, prompts, MAX_TOKENS, **options), expected, VLLM_PLUGINS="")
 
 
 def test_vllm_in_two_processes(trained_folder, prompts, expected, tmp_path):
     """Tensor-parallel."""
     folder = with_twelve_heads(trained_folder, tmp_path / "model")
-    options = {"enforce_eager": True, "tensor_parallel_size": 2, "max_model_len": 512, "max_num_batched_tokens": CHUNK}
-    (result,), log = run_jobs([job(folder, prompts, MAX_TOKENS, **options)], tmp_path)
-    assert "error" not in result, log[-8000:]
-    assert result["tokens"] == [expected, expected]
+    options = {"enforce_eager": True, "tensor_parallel_size": 2, **SIZES}
+    generated(tmp_path, job(folder, prompts, MAX_TOKENS, **options), expected)
 
 
 @pytest.mark.parametrize("trained_folder", ["block"], indirect=True)
@@ -147,35 +148,23 @@ def test_vllm_serve(trained_folder, smollm2_folder, tmp_path):
 
 @pytest.mark.parametrize("layers", ["17,13", "12,18"], ids=["within a block", "between blocks"])
 def test_vllm_in_pipeline_stages(layers, trained_folder, prompts, expected, tmp_path):
-    options = {"enforce_eager": True, "pipeline_parallel_size": 2, "max_num_batched_tokens": CHUNK}
-    options |= {"max_model_len": 512, "block_size": 32, "enable_prefix_caching": True}
-    jobs = [job(trained_folder, prompts, MAX_TOKENS, **options)]
-    (result,), log = run_jobs(jobs, tmp_path, VLLM_PP_LAYER_PARTITION=layers)
-    assert "error" not in result, log[-8000:]
-    assert result["tokens"] == [expected, expected]
+    options = {"enforce_eager": True, "pipeline_parallel_size": 2, "block_size": 32, "enable_prefix_caching": True}
+    staged = job(trained_folder, prompts, MAX_TOKENS, **options, **SIZES)
+    result, _ = generated(tmp_path, staged, expected, VLLM_PP_LAYER_PARTITION=layers)
     assert result["cached"] > 0
 
 
-def tiny_job(family, folder, prompts, attn_res_type="block", **options):
+def tiny_job(family, folder, attn_res_type="block", **options):
     """A small random model with random queries, and the tokens that it generates."""
-    base = tiny_base(family, **larger(family))
-    model = randomize_depth_attention(attnres_of(base, attn_res_type=attn_res_type, attn_res_block_size=2))
+    model = trained(tiny_base(family, **larger(family)), attn_res_type=attn_res_type, attn_res_block_size=2)
     model.save_pretrained(folder)
-    expected = vllm_families.greedy(model, prompts)
-    return job(folder, prompts, vllm_families.MAX_TOKENS, **{**OPTIONS, **options}), expected
-
-
-@pytest.mark.parametrize("attn_res_type", ["block", "full"])
-def test_vllm_in_compiled_pipeline_stages(attn_res_type, tmp_path):
-    """Within a block. A compiler that looks into the joining of the sources gets block sums wrong."""
-    options = {"enforce_eager": False, "pipeline_parallel_size": 2}
-    compiled, expected = tiny_job("llama", tmp_path / "model", [[5, 9, 2], [*range(1, 41)]], attn_res_type, **options)
-    (result,), log = run_jobs([compiled], tmp_path, VLLM_PP_LAYER_PARTITION="3,2")
-    assert "error" not in result, log[-8000:]
-    assert result["tokens"] == [expected, expected]
+    expected = vllm_families.greedy(model, TINY_PROMPTS)
+    return job(folder, TINY_PROMPTS, vllm_families.MAX_TOKENS, **{**OPTIONS, **options}), expected
 
 
 LAYOUTS = {
+    # A compiler that looks into the joining of the sources gets block sums wrong
+    "two stages, compiled": ({"pipeline_parallel_size": 2, "enforce_eager": False}, "3,2"),
     "three stages": ({"pipeline_parallel_size": 3}, "2,1,2"),
     "two stages of two processes": ({"pipeline_parallel_size": 2, "tensor_parallel_size": 2}, "3,2"),
 }
@@ -183,20 +172,15 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("attn_res_type", ["block", "full"])
 @pytest.mark.parametrize("options, layers", LAYOUTS.values(), ids=LAYOUTS)
-def test_vllm_in_more_processes(options, layers, attn_res_type, tmp_path):
-    served_job, expected = tiny_job("llama", tmp_path / "model", [[5, 9, 2], [*range(1, 41)]], attn_res_type, **options)
-    (result,), log = run_jobs([served_job], tmp_path, VLLM_PP_LAYER_PARTITION=layers)
-    assert "error" not in result, log[-8000:]
-    assert result["tokens"] == [expected, expected]
+def test_vllm_in_stages_within_a_block(options, layers, attn_res_type, tmp_path):
+    staged, expected = tiny_job("llama", tmp_path / "model", attn_res_type, **options)
+    generated(tmp_path, staged, expected, VLLM_PP_LAYER_PARTITION=layers)
 
 
 @pytest.mark.parametrize("family", ["mixtral", "deepseek_v3"])
 def test_vllm_knows_the_base(family, tmp_path):
     """Its class for mixtures of experts, and latent attention."""
-    served_job, expected = tiny_job(family, tmp_path / "model", [[5, 9, 2], [*range(1, 41)]])
-    (result,), log = run_jobs([served_job], tmp_path)
-    assert "error" not in result, log[-8000:]
-    assert result["tokens"] == [expected, expected]
+    _, log = generated(tmp_path, *tiny_job(family, tmp_path / "model"))
     assert "AttnResMoEForCausalLM" in log
 
 
@@ -210,7 +194,7 @@ def test_vllm_compiles_depth_attention_as_one_operation():
     subprocess.run([VLLM_PYTHON, "-c", check], check=True)
 
 
-def save_adapter(folder, adapter, prompts, modules_to_save=None):
+def save_adapter(folder, adapter, modules_to_save=None):
     """A LoRA with random weights, also in the modules to save, and the tokens that the model with it generates."""
     config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, modules_to_save=modules_to_save)
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), config)
@@ -219,50 +203,38 @@ def save_adapter(folder, adapter, prompts, modules_to_save=None):
             if parameter.requires_grad and "modules_to_save" in name:
                 parameter.add_(torch.randn_like(parameter))
     model.save_pretrained(adapter)
-    return vllm_families.greedy(model, prompts)
+    return vllm_families.greedy(model, TINY_PROMPTS)
 
 
 def test_vllm_with_a_lora(tmp_path):
     """Each prompt twice in one batch, without the LoRA and with it."""
-    prompts = [[5, 9, 2], [*range(1, 41)]]
     # On a CPU, vLLM 0.32 takes the last slot for a prompt without a LoRA, so one more than the LoRAs is needed
-    options = {"enable_lora": True, "max_loras": 2}
-    lora_job, expected = tiny_job("llama", tmp_path / "model", prompts, **options)
-    adapted = save_adapter(tmp_path / "model", tmp_path / "adapter", prompts)
+    lora_job, expected = tiny_job("llama", tmp_path / "model", enable_lora=True, max_loras=2)
+    adapted = save_adapter(tmp_path / "model", tmp_path / "adapter")
     assert all(own != other for own, other in zip(adapted, expected))
-    lora_job |= {"adapter": str(tmp_path / "adapter"), "prompts": [p for p in prompts for _ in range(2)]}
-    (result,), log = run_jobs([lora_job], tmp_path)
-    assert "error" not in result, log[-8000:]
-    alternating = [tokens for pair in zip(expected, adapted) for tokens in pair]
-    assert result["tokens"] == [alternating, alternating]
+    lora_job |= {"adapter": str(tmp_path / "adapter"), "prompts": [p for p in TINY_PROMPTS for _ in range(2)]}
+    generated(tmp_path, lora_job, [tokens for pair in zip(expected, adapted) for tokens in pair])
 
 
 def test_vllm_says_how_to_merge_an_adapter_with_depth_attention(tmp_path):
-    prompts = [[5, 9, 2], [*range(1, 41)]]
     folders = {name: str(tmp_path / name.lower()) for name in ("MODEL", "ADAPTER", "MERGED")}
-    lora_job, _ = tiny_job("llama", tmp_path / "model", prompts, enable_lora=True)
-    expected = save_adapter(tmp_path / "model", folders["ADAPTER"], prompts, ATTN_RES_MODULES)
-    (result,), log = run_jobs([{**lora_job, "adapter": folders["ADAPTER"]}], tmp_path)
-    assert "error" in result and "vLLM cannot load as an adapter. Merge it" in log, log[-8000:]
-
+    lora_job, _ = tiny_job("llama", tmp_path / "model", enable_lora=True)
+    expected = save_adapter(tmp_path / "model", folders["ADAPTER"], ATTN_RES_MODULES)
+    with_adapter = {**lora_job, "adapter": folders["ADAPTER"]}
+    log = refused(tmp_path, with_adapter, "vLLM cannot load as an adapter. Merge it")
     command = re.search(r"`(attnres merge ADAPTER MERGED)`", log)[1].split()
     subprocess.run([folders.get(word, word) for word in command], check=True)
-    (result,), log = run_jobs([{**lora_job, "model": folders["MERGED"]}], tmp_path)
-    assert result["tokens"] == [expected, expected], log[-8000:]
+    generated(tmp_path, {**lora_job, "model": folders["MERGED"]}, expected)
 
 
 @pytest.mark.parametrize("trained_folder", ["block"], indirect=True)
 def test_vllm_without_the_plugin_refuses_pipeline_stages(trained_folder, prompts, tmp_path):
     options = {"enforce_eager": True, "pipeline_parallel_size": 2, "max_model_len": 512, **REMOTE_CODE}
-    (result,), log = run_jobs([job(trained_folder, prompts, 1, **options)], tmp_path, VLLM_PLUGINS="")
-    assert "error" in result
-    assert "install modeling_attnres in vLLM's environment" in log, log[-8000:]
+    message = "install modeling_attnres in vLLM's environment"
+    refused(tmp_path, job(trained_folder, prompts, 1, **options), message, VLLM_PLUGINS="")
 
 
 def test_vllm_refuses_stages_of_a_decoder_that_scales_its_embedding(tmp_path):
     """Granite's decoder multiplies whatever it is given before the first layer, in each stage."""
-    attnres_of(tiny_base("granite", **larger("granite"))).save_pretrained(tmp_path / "model")
-    options = {**OPTIONS, "pipeline_parallel_size": 2}
-    (result,), log = run_jobs([job(tmp_path / "model", [[1, 2, 3]], 1, **options)], tmp_path)
-    assert "error" in result
-    assert "the decoder of 'granite' changes the embedding before its first layer" in log, log[-8000:]
+    staged, _ = tiny_job("granite", tmp_path / "model", pipeline_parallel_size=2)
+    refused(tmp_path, staged, "the decoder of 'granite' changes the embedding before its first layer")
