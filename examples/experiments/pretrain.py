@@ -4,7 +4,7 @@
     python examples/experiments/plot_pretrain.py pretrain.jsonl --output pretrain.png
 
 All arms start with the same weights and see the same batches, no text twice. `base` is a small Llama. The others are
-named by type and scaling (`mean` is the form of the paper). The learning rate of each arm is swept at the first width
+named by type and scaling (`mean` is the form of the paper), and by an addition of reads.py. The learning rate of each arm is swept at the first width
 and half the length, until its best value is inside the sweep. It is divided by the width.
 
 The rate is constant after a warm-up, and falls to zero over the last fifth of a run. So runs of several lengths share
@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 from datasets import Dataset, DatasetDict
 from filelock import FileLock, Timeout
+from reads import add_reads
 from text import cut, dataset, package_files, sample
 from train_base import llama_config, train_tokenizer
 from training import record, train
@@ -31,6 +32,8 @@ from modeling_attnres import AttnResConfig
 
 
 ARMS = ("base", "block-sum", "full-sum", "block-mean", "full-mean")
+# Experiments of reads.py
+READS = ("block-sum-query16", "block-sum-query64", "block-sum-values")
 # A run of length 1 has ten times as many steps as there are between two checkpoints
 UNITS = 10
 SWEEP_LENGTH = 0.5
@@ -54,11 +57,13 @@ def build(config: LlamaConfig, arm: str, seed: int) -> PreTrainedModel:
     base = AutoModelForCausalLM.from_config(config)
     if arm == "base":
         return base
-    kind, scale = arm.split("-")
+    kind, scale, *reads = arm.split("-")
     config = AttnResConfig.from_base_config(config, attn_res_type=kind, attn_res_scale=scale)
     model = AutoModelForCausalLM.from_config(config)
     # The base has no queries and no key norms
     model.load_state_dict(base.state_dict(), strict=False)
+    for name in reads:
+        add_reads(model, name)
     return model
 
 
@@ -163,7 +168,7 @@ def main():
     parser.add_argument("folder", type=Path, help="for text and checkpoints")
     parser.add_argument("--output", type=Path, required=True, help="file of JSON lines for finished runs")
     parser.add_argument("--packages", type=Path, default=Path(__file__).with_name("packages.txt"))
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS[:3])
+    parser.add_argument("--arms", nargs="+", choices=ARMS + READS, default=ARMS[:3])
     parser.add_argument(
         "--rates", nargs="+", type=float, default=[4e-3, 8e-3, 1.6e-2], help="of the sweep (one: no sweep)"
     )

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from datasets import DatasetDict
 from pretrain import WEIGHT_DECAY, Run
+from reads import add_reads
 from text import sample
 from training import record, train
 from transformers import AutoModelForCausalLM
@@ -27,6 +28,8 @@ from modeling_attnres.probing import depth_attentions
 
 # The length of the base's schedule
 ARMS = {"base": 1, "plateau": 1, "queries-first": 1, "finished-base": 0.8, "finished": 0.8}
+# Experiments of reads.py
+ARMS |= {"plateau-query16": 1, "plateau-query64": 1, "plateau-values": 1}
 
 
 def continued(model, blocks, held_out, row: dict, rate: float) -> list[dict]:
@@ -49,7 +52,7 @@ def main():
     parser.add_argument("folder", type=Path, help="folder of pretrain.py")
     parser.add_argument("bases", type=Path, help="JSON lines of pretrain.py")
     parser.add_argument("--output", type=Path, required=True, help="file of JSON lines to which the runs are added")
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS)[:5])
     parser.add_argument("--factors", nargs="+", type=float, default=[1, 0.3], help="of the base's learning rate")
     parser.add_argument("--eval-blocks", type=int, default=128)
     args = parser.parse_args()
@@ -71,6 +74,8 @@ def main():
                 if "base" not in arm and not (attnres := checkpoint.with_name("attnres")).exists():
                     retrofit(checkpoint, attnres, link=True)
                 model = AutoModelForCausalLM.from_pretrained(checkpoint if "base" in arm else attnres)
+                if arm.startswith("plateau-"):
+                    add_reads(model, arm.removeprefix("plateau-"))
                 if arm == "queries-first":
                     quarter = len(blocks) // row["batch_size"] // 4 * row["batch_size"]
                     model.requires_grad_(False)
