@@ -4,8 +4,8 @@
     python examples/experiments/plot_pretrain.py pretrain.jsonl --output pretrain.png
 
 All arms start with the same weights and see the same batches, no text twice. `base` is a small Llama. The others are
-named by type and scaling (`mean` is the form of the paper), and by an addition of reads.py. The learning rate of each arm is swept at the first width
-and half the length, until its best value is inside the sweep. It is divided by the width.
+named by type, scaling (`mean` is the form of the paper) and addition (reads.py). The learning rate of each arm is swept
+at the first width and half the length, until its best value is inside the sweep. It is divided by the width.
 
 The rate is constant after a warm-up, and falls to zero over the last fifth of a run. So runs of several lengths share
 their first part. Runs that are finished are in the output, and others go on from their last checkpoint: stop the
