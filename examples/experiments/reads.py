@@ -14,7 +14,7 @@ from modeling_attnres.modeling_attnres import decoder_layers
 
 
 class InputDependentDepthAttention(DepthAttention):
-    """Depth attention with the query `q + B · A · RMSNorm(Σᵢ vᵢ)`, separately at each position."""
+    """Depth attention with the query `q + B · A · RMSNorm(Σᵢ vᵢ) / rank`, separately at each position."""
 
     def __init__(self, config, rank: int):
         super().__init__(config)
@@ -25,7 +25,8 @@ class InputDependentDepthAttention(DepthAttention):
 
     def forward(self, *sources: torch.Tensor) -> torch.Tensor:
         stream = torch.stack(sources).sum(0)
-        query = self.query + self.up(self.down(F.rms_norm(stream, self.query.shape)))
+        # Divided by the rank: a step of Adam then changes the logits as much as that of a static query does
+        query = self.query + self.up(self.down(F.rms_norm(stream, self.query.shape))) / self.up.in_features
         return depth_attention(query / self.temperature, self.key_norm, sources, self.scale, self.eps)
 
 
