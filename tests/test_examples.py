@@ -284,6 +284,14 @@ def test_pretrain(tmp_path):
     assert f"| {(last[0] + last[1]) / 2:.4f} ({min(last[:2]):.4f} to {max(last[:2]):.4f}) |" in table
 
 
+def test_other_reads_start_as_the_base_and_learn_something_else(tmp_path):
+    arms = ("base", "block-sum", "block-sum-query16", "block-sum-values")
+    runs = pretrain(tmp_path, "--arms", *arms, "--lengths", 1, "--seeds", 0)
+    first, last = ([runs[arm, 0, 1][step] for arm in arms] for step in (0, 20))
+    assert first == pytest.approx(4 * first[:1], abs=1e-5)
+    assert len(set(last)) == 4
+
+
 def test_retrofits_before_and_after_the_decay(tmp_path):
     pretrain(tmp_path, "--arms", "base", "--lengths", 0.8, 1, "--seeds", 0)
     output = tmp_path / "retrofits.jsonl"
