@@ -28,8 +28,8 @@ fields?" He had no answer, and the river still comes down every spring.
 @dataclass
 class Inspection:
     """
-    The depth attention of a model on a text. Its text form is a table, in a notebook it is shown as a page. The rows
-    of the tensors are the sublayers that read the sources, in order; NaN stands for a source that a sublayer lacks.
+    The depth attention of a model on a text. Its text form is a table, in a notebook it is shown as a page. Each row
+    of a tensor is a sublayer. NaN means that the sublayer does not have this source.
     """
 
     name: str

@@ -61,9 +61,7 @@ def card(folder: str | Path, base: str | Path | None = None) -> Path:
     except Exception as error:  # noqa: BLE001  the YAML parser's own errors, and others
         raise ValueError(f"The metadata of {path} cannot be read: {error}") from error
     if base is None:
-        base = (
-            read_json(path.with_name(ADAPTER_CONFIG))["base_model_name_or_path"] if is_adapter else card.data.base_model
-        )
+        base = read_json(adapter_config)["base_model_name_or_path"] if is_adapter else card.data.base_model
         if not isinstance(base, str):
             raise ValueError(f"{path} does not name the model that was trained: give it as the base (`base`, --base).")
     metadata = read_metadata(find_checkpoint(base, only=CARD))

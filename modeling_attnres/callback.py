@@ -17,8 +17,7 @@ class DepthAttentionCallback(TrainerCallback):
     - `depth_attention/query_norm` and `max_query_norm`: mean and max norm of the queries.
 
     The weights are those of the first batch of the evaluation data, or else of the training data. The cost is a forward
-    pass without gradients. If the queries are sharded (DeepSpeed ZeRO-3, FSDP1), the norms are those of the first
-    device's part.
+    pass without gradients. The norms of sharded queries (DeepSpeed ZeRO-3, FSDP1) are of the first device's part.
 
     Args:
         trainer ([`Trainer`]): the trainer that the callback is added to.
@@ -37,7 +36,7 @@ class DepthAttentionCallback(TrainerCallback):
         self.per_sublayer = per_sublayer
 
     def on_train_begin(self, args, state, control, **kwargs):
-        dataset = self.trainer.eval_dataset or self.trainer.train_dataset
+        dataset = self.trainer.train_dataset if self.trainer.eval_dataset is None else self.trainer.eval_dataset
         if isinstance(dataset, dict):
             dataset = next(iter(dataset.values()))
         # A data loader draws a seed, which must not change the training's random numbers

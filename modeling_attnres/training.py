@@ -33,7 +33,7 @@ def attn_res_parameter_groups(
 ) -> list[dict[str, Any]]:
     r"""
     The trained parameters of a model in groups for an optimizer: matrices with weight decay; vectors and biases
-    without; queries and key norms without, and with their own learning rate. Tensor-parallel ones are apart.
+    without; queries and key norms without, and with their own learning rate. Tensor parallelism adds groups of its own.
 
     Args:
         model (`nn.Module`): an AttnRes model or a base, also with PEFT's adapters or sharded by FSDP2 or ZeRO-3.
@@ -44,7 +44,7 @@ def attn_res_parameter_groups(
     Returns:
         `list[dict[str, Any]]`: groups with `params`, `lr` and `weight_decay`. No group is empty.
 
-    Warns: if a step of Adam can change the logits of the depth attention by more than 0.5, and of half precision.
+    Warns if a step of Adam can change the logits of the depth attention by more than 0.5, and of half precision.
 
     ```python
     >>> def adamw(model, **kwargs):
@@ -63,7 +63,7 @@ def attn_res_parameter_groups(
         # A parameter that DeepSpeed ZeRO-3 has sharded is empty, and has its shape in `ds_shape`. The biases of all
         # experts are one matrix, and Kimi Linear's `A_log`, one number for each head, has dimensions of size one
         shape = getattr(parameter, "ds_shape", parameter.shape)
-        is_matrix = len(shape) > 1 and not name.endswith(("bias", "A_log"))
+        is_matrix = len(shape) > 1 and not is_attn_res and not name.endswith(("bias", "A_log"))
         lr = attn_res_learning_rate if is_attn_res else learning_rate
         group = {"params": [], "lr": lr, "weight_decay": weight_decay if is_matrix else 0.0}
         key = (is_attn_res, is_matrix, getattr(parameter, "device_mesh", None))
@@ -75,7 +75,8 @@ def attn_res_parameter_groups(
             warnings.warn(
                 f"`attn_res_learning_rate` is {attn_res_learning_rate:g}. With Adam, a step changes the logits of the "
                 f"depth attention by up to {logit_step:.2g}. Steps above {MAX_LOGIT_STEP} can ruin a pretrained model: "
-                f"use {attn_res_learning_rate * MAX_LOGIT_STEP / logit_step:.2g} or less.",
+                f"use {attn_res_learning_rate * MAX_LOGIT_STEP / logit_step:.2g} or less, or a greater "
+                "`attn_res_temperature`.",
                 stacklevel=2,
             )
     return list(groups.values())
