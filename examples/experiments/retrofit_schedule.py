@@ -8,7 +8,7 @@
 After eight tenths of the tokens, `base`, `plateau` and `queries-first` start from a base before its decay, and
 `finished-base` and `finished` from a base whose schedule ended there. `plateau`, `queries-first` and `finished` are
 retrofits. `queries-first` trains only queries and key norms in its first quarter. All arms train on the last two tenths
-with a new optimizer, a warm-up and a decay to zero.
+with a new optimizer, a warm-up and a decay to zero. Runs that are in the output are not repeated.
 """
 
 import argparse
@@ -61,6 +61,8 @@ def main():
     held_out = sample(text["held_out"], args.eval_blocks)
     rows = map(json.loads, args.bases.read_text().splitlines())
     rows = {Run(*(row[field] for field in Run._fields)): row for row in rows}
+    lines = args.output.read_text().splitlines() if args.output.exists() else []
+    done = [{**json.loads(line), "losses": None} for line in lines]
     for run, row in rows.items():
         if run.arm != "base" or run.length != 1 or run._replace(length=0.8) not in rows:
             continue
@@ -70,6 +72,9 @@ def main():
         for arm in args.arms:
             for factor in args.factors:
                 rate, rest = factor * run.learning_rate, blocks
+                fields = {"width": run.width, "arm": arm, "seed": run.seed, "learning_rate": rate, "losses": None}
+                if fields in done:
+                    continue
                 checkpoint = args.folder / run.folder / f"{ARMS[arm]:g}" / f"checkpoint-{start}"
                 if "base" not in arm and not (attnres := checkpoint.with_name("attnres")).exists():
                     retrofit(checkpoint, attnres, link=True)
@@ -85,7 +90,6 @@ def main():
                     model.requires_grad_(True)
                     rest = blocks.select(range(quarter, len(blocks)))
                 losses = continued(model, rest, held_out, row, rate)
-                fields = {"width": run.width, "arm": arm, "seed": run.seed, "learning_rate": rate}
                 record({**fields, "losses": losses}, args.output)
 
 
