@@ -25,7 +25,7 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from modeling_attnres import AttnResForCausalLM, DepthAttention
-from modeling_attnres.depth_attention import ATTN_RES_IMPLEMENTATIONS, streaming_depth_attention
+from modeling_attnres.depth_attention import ATTN_RES_IMPLEMENTATIONS, into_one_buffer, streaming_depth_attention
 
 
 SIZES = {
@@ -77,7 +77,26 @@ def flash_attn_res(query, key_norm, sources, scale, eps):
     return output * len(sources) if scale == "sum" else output
 
 
+def kept_norms(query, key_norm, sources, scale, eps):
+    """Our streaming operator for a prefill, with the norm of a source computed at its first read."""
+    upcast = into_one_buffer(sources[0])
+    products = []
+    for source in sources:
+        copy = upcast(source)
+        if not hasattr(source, "norm_of_source"):
+            source.norm_of_source = torch.linalg.vector_norm(copy, dim=-1)
+        products.append(torch.matmul(copy, query * key_norm))
+    norms = torch.stack([source.norm_of_source for source in sources])
+    logits = torch.stack(products) * (norms.square() / query.shape[-1] + eps).rsqrt()
+    weights = (logits.softmax(dim=0) * (len(sources) if scale == "sum" else 1)).unsqueeze(-1)
+    output = weights[0] * upcast(sources[0])
+    for weight, source in zip(weights[1:], sources[1:]):
+        output.addcmul_(weight, upcast(source))
+    return output.to(sources[0].dtype)
+
+
 PEERS = {"einsum as published": einsum_as_published, "fla, naive": fla_naive}
+EXPERIMENTS = {"kept norms": kept_norms}
 # On CUDA, AttnRes itself uses the fused kernel of fla
 CUDA_PEERS = {"plain PyTorch": streaming_depth_attention, "flash-attn-res": flash_attn_res}
 
@@ -206,7 +225,7 @@ def main():
     parser.add_argument(
         "--peers",
         nargs="*",
-        choices=PEERS | CUDA_PEERS,
+        choices=PEERS | CUDA_PEERS | EXPERIMENTS,
         default=[*PEERS, *(CUDA_PEERS if torch.cuda.is_available() else ())],
         help="for the first of `--blocks`",
     )
@@ -247,7 +266,9 @@ def benchmark(size: str, args: argparse.Namespace) -> list[dict]:
             base, blocks, implementation=args.implementation
         )
     for peer in args.peers:
-        models[f"{args.blocks[0]} blocks, {peer}"] = attnres_of(base, args.blocks[0], (PEERS | CUDA_PEERS)[peer])
+        models[f"{args.blocks[0]} blocks, {peer}"] = attnres_of(
+            base, args.blocks[0], (PEERS | CUDA_PEERS | EXPERIMENTS)[peer]
+        )
     for model in models.values():
         if args.gradient_checkpointing:
             model.train().gradient_checkpointing_enable()
