@@ -86,7 +86,8 @@ def main():
         # Includes the experts of a mixture
         peft_config=with_base_targets(model, lora),
     )
-    trainer.model.print_trainable_parameters()
+    if trainer.is_world_process_zero():
+        trainer.model.print_trainable_parameters()
     trainer.train()
     trainer.save_model()
 

@@ -12,8 +12,13 @@ from distributed import load, logits_after_a_step, rows
 from helpers import BLOCK, EXAMPLES, run, tiny_base, trained
 from transformers import AutoModelForCausalLM
 
+import modeling_attnres
+
 
 SCRIPT = Path(__file__).with_name("distributed.py")
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2)
+# Without it, DeepSpeed prints that it found no GPU
+CPU = {"DS_ACCELERATOR": "cpu"}
 
 
 @pytest.fixture(scope="module")
@@ -26,16 +31,17 @@ def work(tokenizer, real_text, tmp_path_factory):
     return folder
 
 
+def command_line(script, work, output, **options):
+    options |= {"max_length": 32, "save_steps": 1, "logging_steps": 1, "report_to": "none"}
+    options |= {"model": work / "attnres", "data": work / "text.txt", "output_dir": output}
+    return [EXAMPLES / script, *(word for name, value in options.items() for word in (f"--{name}", value))]
+
+
 def example(work, output, batch_size):
     """Two steps with gradient checkpointing, and with learning rates of their own for queries and matrices."""
-    options = {"max_steps": 2, "max_length": 32, "save_steps": 1, "logging_steps": 1, "report_to": "none"}
-    options |= {"learning_rate": 1e-2, "attn_res_learning_rate": 3e-3, "weight_decay": 0.1, "resume": "true"}
-    options |= {"gradient_checkpointing": "true", "per_device_train_batch_size": batch_size}
-    options |= {"model": work / "attnres", "data": work / "text.txt", "output_dir": output}
-    return [
-        EXAMPLES / "continue_training.py",
-        *(word for name, value in options.items() for word in (f"--{name}", value)),
-    ]
+    options = {"learning_rate": 1e-2, "attn_res_learning_rate": 3e-3, "weight_decay": 0.1, "resume": "true"}
+    options |= {"max_steps": 2, "gradient_checkpointing": "true", "per_device_train_batch_size": batch_size}
+    return command_line("continue_training.py", work, output, **options)
 
 
 def losses(folder):
@@ -59,6 +65,18 @@ def one_process(work):
     return work / "one"
 
 
+def assert_only_the_first_process_prints(logs):
+    """Libraries print in every process: warnings, bars of loading, the operators that DeepSpeed builds."""
+    (first,) = logs.glob("*/attempt_0/0/stdout.log")
+    assert "'loss'" in first.read_text()
+    folder = first.parents[1] / "1"
+    lines = (folder / "stdout.log").read_text().splitlines()
+    assert not [line for line in lines if not line.startswith("DeepSpeed")]
+    # A warning names its file
+    errors = (folder / "stderr.log").read_text()
+    assert not [name for name in (*modeling_attnres.__path__, str(EXAMPLES), "attn_res") if name in errors]
+
+
 @pytest.mark.parametrize("precision, tolerance", [("no", 1e-4), ("bf16", 3e-2)])
 @pytest.mark.parametrize("config", ["ddp.yaml", "fsdp2.yaml", "zero3.yaml"])
 def test_the_example_on_several_devices(config, precision, tolerance, work, one_process, tmp_path):
@@ -70,8 +88,10 @@ def test_the_example_on_several_devices(config, precision, tolerance, work, one_
         pytest.importorskip("deepspeed", reason="`pip install wheel && pip install --no-build-isolation deepspeed`")
     launch = ("-m", "accelerate.commands.launch", "--config_file", EXAMPLES / "launch" / config)
     launch += ("--num_processes", 2, "--mixed_precision", precision, "--main_process_port", 0)
+    launch += ("--tee", 3, "--log_dir", tmp_path / "logs")
     command = (sys.executable, *launch, SCRIPT, *example(work, tmp_path, batch_size=2), "--bf16", precision == "bf16")
-    run(*command)
+    run(*command, env=CPU)
+    assert_only_the_first_process_prints(tmp_path / "logs")
     expected = losses(one_process)
     assert losses(tmp_path) == pytest.approx(expected, abs=tolerance) and expected[1] < expected[0] - 0.1
     assert loss_of_the_model(tmp_path) == pytest.approx(loss_of_the_model(one_process), abs=5 * tolerance)
@@ -79,9 +99,15 @@ def test_the_example_on_several_devices(config, precision, tolerance, work, one_
     if precision == "no":
         shutil.rmtree(tmp_path / "checkpoint-2")
         (tmp_path / "model.safetensors").unlink()
-        run(*command)
+        run(*command, env=CPU)
         assert losses(tmp_path) == pytest.approx(expected, abs=tolerance)
         torch.testing.assert_close(logits(tmp_path), logits(one_process), rtol=0, atol=2e-3)
+
+
+def test_a_lora_on_two_processes(work, tmp_path):
+    command = command_line("finetune_lora.py", work, tmp_path, max_steps=1, bf16="false")
+    run(*TORCHRUN, "--tee", 3, "--log-dir", tmp_path / "logs", SCRIPT, *command, env=CPU)
+    assert_only_the_first_process_prints(tmp_path / "logs")
 
 
 def test_tensor_parallel(work, tmp_path):
@@ -94,8 +120,7 @@ def test_tensor_parallel(work, tmp_path):
     model = load(work / "attnres")
     expected = model(rows(), labels=rows())
     expected.loss.backward()
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2)
-    run(sys.executable, *torchrun, SCRIPT, tmp_path / "base", work / "attnres", tmp_path / "result.pt")
+    run(*TORCHRUN, SCRIPT, tmp_path / "base", work / "attnres", tmp_path / "result.pt")
     torch.testing.assert_close(logits(tmp_path / "from_base"), base(rows()).logits.detach(), rtol=0, atol=1e-5)
     result = torch.load(tmp_path / "result.pt")
     assert result["rows of q_proj"] == 16
