@@ -77,6 +77,22 @@ def test_trl(folder):
     assert load_file("again/adapter_model.safetensors").keys() == adapter.keys()
 
 
+def test_trl_on_a_mixture(folder, tokenizer):
+    """The experts, too, with the options that the recipe names."""
+    for saved in (tiny_base("mixtral", vocab_size=len(tokenizer)), tokenizer):
+        saved.save_pretrained("mixture")
+    retrofit("mixture", "my-mixture")
+    (folder / "data").mkdir()
+    (folder / "data" / "train.jsonl").write_text('{"text": "One and two make three"}\n' * 4)
+    command = "trl sft" + recipe("TRL on the command line")[0].split("trl sft")[-1].rstrip()
+    (experts,) = re.findall(r"add `(--lora_target_parameters .*?)`", README.read_text())
+    command = command.replace("my-attnres", "my-mixture").replace("trl-lib/Capybara", "data")
+    shell(f"{command} {experts} --max_steps 1 --use_cpu --bf16 false")
+    adapter = load_file("adapter/adapter_model.safetensors")
+    assert sum(".experts." in name for name in adapter) == 4 * 5
+    assert sum(name.endswith("_res.query") for name in adapter) == 10
+
+
 def test_peft(adapter):
     shell(*recipe("PEFT"))
     merged = AutoModelForCausalLM.from_pretrained("merged", trust_remote_code=True)
