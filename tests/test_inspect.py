@@ -275,6 +275,80 @@ def test_the_ablation_is_of_the_whole_text(page, inspection):
 
 
 @in_a_browser
+def test_the_view_changes_only_on_request(page):
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.support.select import Select
+
+    page.find_elements(By.CSS_SELECTOR, "#tokens button")[7].click()
+    at_7, quantity = table(page), Select(page.find_element(By.ID, "quantity"))
+    quantity.select_by_visible_text("change in loss")
+    changes = table(page)
+    page.find_elements(By.CSS_SELECTOR, "#tokens button")[9].click()
+    assert table(page) == changes != at_7
+    quantity.select_by_index(0)
+    assert table(page) == at_7
+
+
+@in_a_browser
+def test_the_page_explains_itself(page, inspection):
+    """The color of the number farthest from 1 is an end of the legend."""
+    from selenium.webdriver.common.by import By
+
+    explanation = page.find_element(By.TAG_NAME, "details")
+    assert explanation.text == "How to read this"
+    explanation.find_element(By.TAG_NAME, "summary").click()
+    assert "1 is as in the base" in explanation.text
+    row, column = divmod((inspection.mean_factors - 1).abs().nan_to_num(0).argmax().item(), 4)
+    cell = page.find_elements(By.CSS_SELECTOR, "tbody tr")[row].find_elements(By.TAG_NAME, "td")[column]
+    red, green, blue = re.findall(r"\d+", cell.value_of_css_property("background-color"))[:3]
+    legend = page.find_element(By.ID, "legend").value_of_css_property("background-image")
+    assert f"rgb({red}, {green}, {blue})" in legend
+
+
+@in_a_browser
+def test_on_a_phone(browser, inspection, tmp_path):
+    """The table scrolls in its own frame, and its headers stay in view, above the numbers. 40 sublayers, 20 sources."""
+    size = {"sublayers": [f"layer {i} MLP" for i in range(40)], "sources": [f"layer {i}" for i in range(20)]}
+    large = replace(inspection, **size, weights=torch.rand(40, 40, 20), loss_changes=None)
+    (tmp_path / "page.html").write_text(large.page(), encoding="utf-8")
+    phone = {"width": 375, "height": 667, "deviceScaleFactor": 1, "mobile": True}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", phone)
+    try:
+        browser.get(f"file://{tmp_path}/page.html")
+        width, left, top, corner, column, row = browser.execute_script("""
+            const [frame, head] = [document.getElementById("scroll"), map.tHead.rows[0].cells];
+            frame.scrollIntoView({block: "end"});
+            frame.scrollTo(90, 90);
+            const {left, top, right, bottom} = frame.getBoundingClientRect();
+            const shown = (x, y) => document.elementFromPoint(x, y).closest("th")?.textContent;
+            const [x, y] = [left + head[0].offsetWidth / 2, top + head[0].offsetHeight / 2];
+            return [document.documentElement.scrollWidth, frame.scrollLeft, frame.scrollTop,
+                    shown(x, y), shown(right - 60, y), shown(x, bottom - 60)];
+        """)
+    finally:
+        browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    assert (width, left, top) == (375, 90, 90)
+    assert corner == "" and column in large.sources and row in large.sublayers
+
+
+@in_a_browser
+def test_dark_mode(page):
+    """Light on dark where the system asks for it."""
+    from selenium.webdriver.common.by import By
+
+    for scheme, is_dark in (("dark", True), ("light", False)):
+        media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+        page.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
+        for header in page.find_elements(By.TAG_NAME, "th"):
+            text, ground = (
+                sum(map(int, re.findall(r"\d+", header.value_of_css_property(name))[:3]))
+                for name in ("color", "background-color")
+            )
+            assert (text > ground) == is_dark and abs(text - ground) > 600
+    page.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+
+
+@in_a_browser
 def test_it_asks_for_nothing_but_itself_and_logs_no_error(page):
     for log in ("performance", "browser"):
         page.get_log(log)  # drops the entries of earlier pages
