@@ -4,7 +4,6 @@ import copy
 import json
 import re
 import shutil
-import sys
 from importlib.metadata import version
 from types import SimpleNamespace
 
@@ -12,7 +11,7 @@ import continue_training
 import finetune_lora
 import pytest
 import torch
-from helpers import EXAMPLES, attnres_of, run, run_example, tiny_base, trained
+from helpers import EXAMPLES, attnres_of, run_example, tiny_base, trained
 from peft import PeftModel
 from text import token_blocks
 from train_base import train_tokenizer
@@ -79,10 +78,12 @@ def test_help(script, capsys):
     assert end.value.code == 0
 
 
-def test_quickstart(smollm2_folder, files, tmp_path):
+def test_quickstart(smollm2_folder, files, tmp_path, capsys):
+    """With a real model, the comparison takes longer than a second, so it shows a bar."""
     (tmp_path / "base").symlink_to(smollm2_folder)
     options = ("--folder", tmp_path, "--steps", 1, "--files", files[0])
-    output = run(sys.executable, EXAMPLES / "quickstart.py", *options)
+    output = run_example("quickstart.py", *options)
+    assert re.search(r"Comparing: +100%.* 4/4 ", capsys.readouterr().err)
     base, attnres = (output.split(f"{name}: ")[1].splitlines()[0].strip() for name in ("base", "AttnRes"))
     assert base == attnres and "Paris" in base
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "trained")
