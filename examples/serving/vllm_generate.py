@@ -8,9 +8,9 @@ The prompts of a job are given twice, so that the second time finds them in the 
 `results.json` has for each job the `tokens` of both passes and how many `cached` ones the second found, or an `error`.
 """
 
+import argparse
 import json
 import os
-import sys
 from pathlib import Path
 
 
@@ -69,8 +69,11 @@ def run(job: dict) -> dict:
 
 
 def main():
-    jobs, results = map(Path, sys.argv[1:])
-    results.write_text(json.dumps([run(job) for job in json.loads(jobs.read_text())]))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("jobs", type=Path)
+    parser.add_argument("results", type=Path)
+    args = parser.parse_args()
+    args.results.write_text(json.dumps([run(job) for job in json.loads(args.jobs.read_text())]))
 
 
 # vLLM starts processes that import this file
