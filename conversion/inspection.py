@@ -63,8 +63,7 @@ class Inspection:
     @property
     def entropies(self) -> torch.Tensor:
         """`(sublayers, tokens)`: entropy of the weights / entropy of equal weights. 1: equal; 0: one source has all."""
-        weights = self.weights.nan_to_num(0)
-        return weights.xlogy(weights).sum(-1) / -self.counts.log().unsqueeze(-1)
+        return torch.special.entr(self.weights.nan_to_num(0)).sum(-1) / self.counts.log().unsqueeze(-1)
 
     def to_dict(self) -> dict[str, Any]:
         """Lists and numbers for JSON. `factors`: weight times number of sources by sublayer, token and source."""
@@ -97,32 +96,25 @@ class Inspection:
 
     def __str__(self) -> str:
         """Tables of at most 80 columns."""
-        head = f"{self.name}: {len(self.tokens)} tokens, loss {self.loss:.4f}."
-        if not self.query_norms.any():
-            return f"{head} All queries are zero, as after a retrofit: all sources have equal weights."
-        rows = []
-        for i, count in enumerate(self.counts.tolist()):
-            changes = self.mean_factors[i, :count] - 1
-            j = changes.abs().argmax().item()
-            numbers = (f"{self.query_norms[i]:.1e}", f"{1 - self.entropies[i].double().mean():.1e}")
-            rows.append([self.sublayers[i], *numbers, self.sources[j], f"{100 * changes[j]:+.2g}%"])
-        table = _table(["sublayer", "|query|", "1 - entropy", "weight changed most", "by"], rows)
-        parts = [f"{head}\n1 - entropy: 0 if all sources have equal weights, as in the base.", table]
+        lines = [f"{self.name}: {len(self.tokens)} tokens, loss {self.loss:.4f}."]
+        if self.query_norms.any():
+            lines.append("1 - entropy: 0 if all sources have equal weights, as in the base.\n")
+            lines.append(f"{'sublayer':20} |query|  1 - entropy  {'weight changed most':20} by")
+            for i, count in enumerate(self.counts.tolist()):
+                changes, unevenness = self.mean_factors[i, :count] - 1, 1 - self.entropies[i].double().mean()
+                j = changes.abs().argmax().item()
+                change = f"{self.sources[j]:20} {100 * changes[j]:+.2g}%"
+                lines.append(f"{self.sublayers[i]:20} {self.query_norms[i]:.1e}  {unevenness:<11.1e}  {change}")
+        else:
+            lines[0] += " All queries are zero, as after a retrofit: all sources have equal weights."
         if self.loss_changes is not None:
-            largest = self.loss_changes.nan_to_num(0).abs().flatten().argsort(descending=True)[:20].tolist()
-            rows = []
-            for i, j in (divmod(index, len(self.sources)) for index in largest):
-                numbers = (f"{self.mean_weights[i, j]:.3f}", f"{self.loss_changes[i, j]:+.2e}")
-                rows.append([self.sublayers[i], self.sources[j], *numbers])
-            parts.append("Change in loss without one source in one sublayer, largest first:")
-            parts.append(_table(["sublayer", "without", "mean weight", "change in loss"], rows))
-        return "\n\n".join(parts)
-
-
-def _table(header: list[str], rows: list[list[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(header, *rows)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in [header, *rows]]
-    return "\n".join(lines)
+            lines.append("\nChange in loss without one source in one sublayer, largest first:")
+            lines.append(f"{'sublayer':20} {'without':20} mean weight  change in loss")
+            for index in self.loss_changes.nan_to_num(0).abs().flatten().argsort(descending=True)[:20].tolist():
+                i, j = divmod(index, len(self.sources))
+                numbers = f"{self.mean_weights[i, j]:<11.3f}  {self.loss_changes[i, j]:+.2e}"
+                lines.append(f"{self.sublayers[i]:20} {self.sources[j]:20} {numbers}")
+        return "\n".join(lines)
 
 
 def inspect_checkpoint(

@@ -9,8 +9,8 @@ from transformers import AutoTokenizer
 import modeling_attnres
 
 from .model_card import card
-from .reading import CARD, REPLACED, TOKENIZER_CONFIG, other_files, read_adapter
-from .writing import check_copy, new_folder, place_files
+from .reading import CARD, KEPT, TOKENIZER_CONFIG, other_files, read_adapter
+from .writing import new_folder, place_files
 
 
 def merge(adapter: str | Path, output: str | Path, *, base: str | Path | None = None) -> Path:
@@ -47,12 +47,11 @@ def merge(adapter: str | Path, output: str | Path, *, base: str | Path | None = 
             model = PeftModel.from_pretrained(model, folder).merge_and_unload()
     except Exception as error:  # noqa: BLE001  untrusted files: transformers and PEFT may fail on them anywhere
         raise ValueError(f"{folder} cannot be merged into {source.folder}: {error}") from error
-    files = {file: source.folder / file for file in other_files(source.folder) if file.parts[0] != REPLACED}
+    files = {file: source.folder / file for file in other_files(source.folder) if file.parts[0] != KEPT}
     files |= {file: folder / file for file in other_files(folder) if str(file) != CARD}
 
-    with new_folder(Path(output), source.folder) as partial:
+    with new_folder(Path(output), source) as partial:
         place_files((path, partial / file) for file, path in files.items())
         model.save_pretrained(partial)
-        card(partial, source.folder)
-        check_copy(source, partial, ())
+        card(partial, source.name)
     return Path(output)

@@ -1,35 +1,25 @@
 # Copyright 2026 The modeling_attnres authors. Licensed under the Apache License, Version 2.0.
 """The model card of a retrofit, and of a checkpoint or an adapter that is trained from one."""
 
+import math
 import os
 import shlex
 import warnings
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, ModelCardData
 
 import modeling_attnres
 from modeling_attnres import AttnResConfig
 from modeling_attnres.configuration_attnres import ATTN_RES_FIELDS
 
-from .reading import (
-    ADAPTER_CONFIG,
-    CARD,
-    Checkpoint,
-    find_checkpoint,
-    read_adapter,
-    read_attnres,
-    read_config,
-    read_json,
-)
+from .reading import ADAPTER_CONFIG, CARD, Checkpoint, find_checkpoint, read_adapter, read_attnres
 
 
 # The card in a folder does not know the name of its repository yet; `push` does
 PLACEHOLDER = "path/to/this/checkpoint"
-_LICENSE = ("license", "license_name", "license_link")
 _HEADING = "## Attention Residuals"
 # The name of each Auto class's task on the Hub
 _TASKS = {
@@ -53,43 +43,32 @@ def card(folder: str | Path, base: str | Path | None = None) -> Path:
         `FileNotFoundError`: as for [`retrofit`].
         `ValueError`: no AttnRes checkpoint and no adapter for one, an unknown base, or a card with broken metadata.
     """
-    path, adapter_config = Path(folder) / CARD, Path(folder) / ADAPTER_CONFIG
-    is_adapter = adapter_config.is_file()
+    path, is_adapter = Path(folder) / CARD, (Path(folder) / ADAPTER_CONFIG).is_file()
     checkpoint = read_adapter(folder, base)[1] if is_adapter else read_attnres(folder)
-    try:
-        card = ModelCard.load(path) if path.is_file() else ModelCard("---\n\n---\n")
-    except Exception as error:  # noqa: BLE001  the YAML parser's own errors, and others
-        raise ValueError(f"The metadata of {path} cannot be read: {error}") from error
-    if base is None:
-        base = read_json(adapter_config)["base_model_name_or_path"] if is_adapter else card.data.base_model
-        if not isinstance(base, str):
-            raise ValueError(f"{path} does not name the model that was trained: give it as the base (`base`, --base).")
-    metadata = read_metadata(find_checkpoint(base, only=CARD))
+    card = _load(path)
+    base = base or (checkpoint.name if is_adapter else card.data.base_model)
+    if not isinstance(base, (str, Path)):
+        raise ValueError(f"{path} does not name the model that was trained: give it as the base (`base`, --base).")
+    of_base = _load(find_checkpoint(base, only=CARD) / CARD).data
     if not os.path.isdir(base):
-        metadata["base_model"] = base
-    _complete(card, read_config(checkpoint), checkpoint.architecture, metadata, is_adapter)
+        of_base.base_model = base
+    _complete(card, checkpoint.attnres_config, checkpoint.architecture, of_base, is_adapter)
     partial = path.with_name(f".{CARD}.partial")
     card.save(partial)
     return partial.replace(path)
 
 
-def read_metadata(folder: Path) -> dict[str, Any]:
-    """Base model and license in the card in this folder."""
-    path = folder / CARD
-    if not path.is_file():
-        return {}
+def _load(path: Path) -> ModelCard:
     try:
-        data = ModelCard.load(path, ignore_metadata_errors=True).data
+        return ModelCard.load(path, ignore_metadata_errors=True) if path.is_file() else ModelCard("---\n\n---\n")
     except Exception as error:  # noqa: BLE001  the YAML parser's own errors, and others
-        warnings.warn(f"The metadata of {path} cannot be read: {error} The new card has no license.", stacklevel=4)
-        return {}
-    return {key: data.get(key) for key in ("base_model", *_LICENSE)}
+        raise ValueError(f"The metadata of {path} cannot be read: {error}") from error
 
 
-def model_card(base: str | Path, source: Checkpoint, config: AttnResConfig, architecture: str) -> str:
+def model_card(source: Checkpoint, config: AttnResConfig, architecture: str) -> str:
     """The card of a retrofit. All of it stays true when the retrofit is trained."""
-    hub_id = None if os.path.isdir(base) else str(base)
-    name = hub_id or os.path.basename(os.path.abspath(base))
+    hub_id = None if os.path.isdir(source.name) else source.name
+    name = hub_id or os.path.basename(os.path.abspath(source.name))
     command = ["attnres", "retrofit", name, "OUTPUT"]
     for field in ATTN_RES_FIELDS[1:]:
         command += [f"--{field.removeprefix('attn_res_').replace('_', '-')}", str(getattr(config, field))]
@@ -110,28 +89,38 @@ Base: {f"[{name}](https://huggingface.co/{name})" if hub_id else name}. Made by
 At that time its weights were those of the base, its queries were zero, and it {exact} what the base computes. Trained
 queries are not zero any more (`attnres inspect`). torch {torch.__version__}, transformers {transformers.__version__}.
 """)
-    _complete(card, config, architecture, {**read_metadata(source.folder), "base_model": hub_id})
+    try:
+        of_base = _load(source.folder / CARD).data
+    except ValueError as error:
+        warnings.warn(f"{error} The new card has no license.", stacklevel=3)
+        of_base = ModelCardData()
+    of_base.base_model = hub_id
+    _complete(card, config, architecture, of_base)
     return str(card)
 
 
+def sources_in_words(config: AttnResConfig) -> str:
+    if config.attn_res_type == "full":
+        return "full (each sublayer's output)"
+    count = math.ceil(config.num_hidden_layers / config.attn_res_block_size)
+    return f"block ({count} blocks of {config.attn_res_block_size} decoder layers)"
+
+
 def _complete(
-    card: ModelCard, config: AttnResConfig, architecture: str, metadata: dict[str, Any], is_adapter: bool = False
+    card: ModelCard, config: AttnResConfig, architecture: str, of_base: ModelCardData, is_adapter: bool = False
 ) -> None:
-    """Adds what is missing: base and license from `metadata`, and a section about the depth attention."""
+    """Adds what is missing: base, license and tags, and a section about the depth attention."""
     data, auto_class = card.data, getattr(modeling_attnres, architecture)._auto_class
     # Training tools write the path of a local base
     is_path = os.path.isabs(str(data.base_model)) or os.path.isdir(str(data.base_model))
-    data.base_model = metadata.get("base_model") or (None if is_path else data.base_model)
+    data.base_model = of_base.base_model or (None if is_path else data.base_model)
     if data.license is None:
-        vars(data).update({key: metadata.get(key) for key in _LICENSE})
+        vars(data).update({key: of_base.get(key) for key in ("license", "license_name", "license_link")})
     data.library_name = data.library_name or ("peft" if is_adapter else "transformers")
     data.pipeline_tag = data.pipeline_tag or _TASKS.get(auto_class)
     data.tags = sorted({*(data.tags or []), "attnres"})
     if _HEADING in card.text:
         return
-    sources = "each sublayer's output"
-    if config.attn_res_type == "block":
-        sources = f"blocks of {config.attn_res_block_size} decoder layers"
     package, loader = "transformers", auto_class
     if is_adapter:
         package, loader = "peft", f"AutoPeft{auto_class.removeprefix('Auto')}"
@@ -139,7 +128,7 @@ def _complete(
 {_HEADING}
 
 In place of residual connections, each sublayer attends over depth ([arXiv 2603.15031](https://arxiv.org/abs/2603.15031)).
-Type: {config.attn_res_type} (sources: {sources}); scale: `{config.attn_res_scale}`.
+Type: {sources_in_words(config)}; scale: `{config.attn_res_scale}`.
 
 ```python
 from {package} import {loader}

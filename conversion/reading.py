@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import errors, snapshot_download
+from huggingface_hub.utils import filter_repo_objects
 from safetensors import SafetensorError, safe_open
 
 from modeling_attnres import AttnResConfig
@@ -29,47 +30,65 @@ ADAPTER = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 CARD = "README.md"
 # A retrofit keeps the base's own files that it replaces here, so that `revert` gives them back to the byte
-REPLACED = "attnres_base"
+KEPT = "attnres_base"
 NEW_TENSOR = re.compile(r"(^|\.)layers\.\d+\.\w+_res\.(query|key_norm)$")
 
 # Weights in other formats and the state of a training run are not part of the checkpoint
-_LEFT_BEHIND = ("*.bin", "*.ckpt", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.ot", "*.pt", "*.pth", "*.bin.index.json")
-_FOLDERS_LEFT_BEHIND = ("checkpoint-*", "runs")
+_LEFT_BEHIND = [
+    *("*.bin", "*.ckpt", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.ot", "*.pt", "*.pth", "*.bin.index.json"),
+    *("original/*", "consolidated*", "checkpoint-*/*", "runs/*"),
+]
 _MAX_JSON_DEPTH = 100
 
 
 @dataclass
 class Checkpoint:
-    """A safetensors checkpoint on disk: folder, config.json, header of each shard, see [`file_stamps`]."""
+    """A safetensors checkpoint on disk. `name` is the path or Hub id that the user gave."""
 
+    name: str
     folder: Path
     config: dict[str, Any]
+    # The header of each shard: `dtype`, `shape` and `data_offsets` of each tensor, by name
     shards: dict[str, dict[str, dict]]
+    # See `file_stamps`
     stamps: dict[Path, tuple[int, ...]]
 
     @cached_property
     def tensors(self) -> dict[str, dict]:
-        """`dtype`, `shape` and `data_offsets` of each tensor, by name."""
+        """The headers of all shards in one."""
         return {name: info for header in self.shards.values() for name, info in header.items()}
+
+    @cached_property
+    def new_tensors(self) -> set[str]:
+        """The names of the queries and key norms."""
+        return set(filter(NEW_TENSOR.search, self.tensors))
 
     @property
     def architecture(self) -> str:
         """The model class that config.json names."""
-        default = "AttnResForCausalLM" if self.config["model_type"] == "attnres" else "ForCausalLM"
-        return (self.config.get("architectures") or [default])[0]
+        return (self.config.get("architectures") or ["AttnResForCausalLM"])[0]
+
+    @cached_property
+    def attnres_config(self) -> AttnResConfig:
+        """The configuration of an AttnRes checkpoint, or a base's as an AttnRes configuration."""
+        try:
+            return AttnResConfig.from_dict(self.config)
+        except Exception as error:  # noqa: BLE001  an untrusted file: transformers may fail on it anywhere
+            # A validator wraps its error
+            reason = error.__cause__ or error
+            raise ValueError(f"{self.folder / CONFIG} is not a valid configuration: {reason}") from error
+
+    @cached_property
+    def tokenizer_config(self) -> dict[str, Any]:
+        path = self.folder / TOKENIZER_CONFIG
+        return read_json(path) if path.is_file() else {}
 
 
 def other_files(folder: Path) -> list[Path]:
     """The files beside configuration, index and weights (tokenizer, license, …), relative to the folder."""
-    files = (path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file())
-    return [
-        file
-        for file in files
-        if not any(part.startswith(".") for part in file.parts)
-        and not any(parent.match(pattern) for parent in file.parents for pattern in _FOLDERS_LEFT_BEHIND)
-        and not any(file.match(pattern) for pattern in (*_LEFT_BEHIND, "*.safetensors"))
-        and str(file) not in (CONFIG, INDEX, ADAPTER_CONFIG)
-    ]
+    files = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    ignored = [*_LEFT_BEHIND, "*.safetensors", ".*", "*/.*", CONFIG, INDEX, ADAPTER_CONFIG]
+    return list(filter_repo_objects(files, ignore_patterns=ignored, key=str))
 
 
 def find_checkpoint(source: str | Path, revision: str | None = None, only: str | None = None) -> Path:
@@ -80,8 +99,7 @@ def find_checkpoint(source: str | Path, revision: str | None = None, only: str |
             raise ValueError(f"`revision` is {revision!r}, but {source} is a local folder, which has none: remove it.")
         return Path(source)
     try:
-        patterns = [*_LEFT_BEHIND, "original/*", "consolidated*"]
-        return Path(snapshot_download(source, revision=revision, allow_patterns=only, ignore_patterns=patterns))
+        return Path(snapshot_download(source, revision=revision, allow_patterns=only, ignore_patterns=_LEFT_BEHIND))
     except errors.RevisionNotFoundError as error:
         raise FileNotFoundError(f"{source} has no revision {revision!r} on the Hub.") from error
     except (ConnectionError, FileNotFoundError, ValueError, errors.HTTPError) as error:
@@ -122,19 +140,9 @@ def read_checkpoint(source: str | Path, revision: str | None = None) -> Checkpoi
     """Reads config.json and the header of every shard, and checks that each shard is whole."""
     folder = find_checkpoint(source, revision)
     if (folder / ADAPTER_CONFIG).exists():
-        raise ValueError(
-            f"{folder} holds a PEFT adapter: merge it into its base (`attnres merge`, or PEFT's `merge_and_unload` and "
-            "`save_pretrained`), and use the merged checkpoint."
-        )
+        raise ValueError(f"{folder} holds a PEFT adapter: merge it into its base first (`attnres merge`).")
     stamps = file_stamps(folder)
     _check_files(folder)
-    if not any(folder.glob("*.safetensors")) and (gguf := sorted(folder.glob("*.gguf"))):
-        raise ValueError(
-            f"{folder} holds its weights in a GGUF file: load it with `AutoModelForCausalLM.from_pretrained(FOLDER, "
-            f'gguf_file="{gguf[0].name}")`, save it with `save_pretrained` and use the saved checkpoint.'
-        )
-    config = read_json(folder / CONFIG)
-    _check_config(config, folder / CONFIG)
     if (folder / SINGLE_SHARD).is_file():
         shards = {SINGLE_SHARD: read_header(folder / SINGLE_SHARD)}
     elif (folder / INDEX).is_file():
@@ -146,9 +154,11 @@ def read_checkpoint(source: str | Path, revision: str | None = None) -> Checkpoi
     else:
         raise FileNotFoundError(
             f"{folder} has no {SINGLE_SHARD} and no {INDEX}. If its weights are in another format, load it with "
-            "transformers and save it again: `AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)`."
+            "`AutoModelForCausalLM.from_pretrained` (a GGUF file with `gguf_file`) and save it with `save_pretrained`."
         )
-    checkpoint = Checkpoint(folder, config, shards, stamps)
+    config = read_json(folder / CONFIG)
+    _check_config(config, folder / CONFIG)
+    checkpoint = Checkpoint(str(source), folder, config, shards, stamps)
     count = len(checkpoint.tensors)
     if sum(map(len, shards.values())) > count:
         raise ValueError(f"{folder} holds a tensor twice, in two of its shards.")
@@ -158,16 +168,6 @@ def read_checkpoint(source: str | Path, revision: str | None = None) -> Checkpoi
     return checkpoint
 
 
-def read_config(checkpoint: Checkpoint) -> AttnResConfig:
-    """The configuration of an AttnRes checkpoint, or a base's as an AttnRes configuration."""
-    try:
-        return AttnResConfig.from_dict(checkpoint.config)
-    except Exception as error:  # noqa: BLE001  an untrusted file: transformers may fail on it anywhere
-        # A validator wraps its error
-        reason = error.__cause__ or error
-        raise ValueError(f"{checkpoint.folder / CONFIG} is not a valid configuration: {reason}") from error
-
-
 def file_stamps(folder: Path) -> dict[Path, tuple[int, ...]]:
     """Inode, size and time of the last change of each file: they differ after a file was written to."""
     files = {path: path.stat() for path in folder.rglob("*") if path.is_file()}
@@ -175,19 +175,16 @@ def file_stamps(folder: Path) -> dict[Path, tuple[int, ...]]:
 
 
 def _check_files(folder: Path) -> None:
+    root = folder.resolve()
+    # The Hub cache links each file of a snapshot to its content
+    blobs = [ancestor.parent / "blobs" for ancestor in root.parents if ancestor.name == "snapshots"]
     for path in sorted(folder.rglob("*")):
-        if path.is_symlink() and leads_out_of(folder, path):
-            raise ValueError(f"{path} is a link out of the folder, to {os.path.realpath(path)}: copy it instead.")
+        target = os.path.realpath(path)
+        if path.is_symlink() and not any(own in Path(target).parents for own in (root, *blobs)):
+            raise ValueError(f"{path} is a link out of the folder, to {target}: copy it instead.")
     for name in (TOKENIZER_CONFIG, SPECIAL_TOKENS):
         if (folder / name).is_file():
             _check_tokenizer_config(read_json(folder / name), folder / name)
-
-
-def leads_out_of(folder: Path, path: Path) -> bool:
-    """Whether a link leads out of its folder. The Hub cache links each file of a snapshot to its content."""
-    root, target = Path(os.path.realpath(folder)), Path(os.path.realpath(path))
-    blobs = [ancestor.parent / "blobs" for ancestor in root.parents if ancestor.name == "snapshots"]
-    return not any(own in target.parents for own in (root, *blobs))
 
 
 def read_header(shard: Path) -> dict[str, dict]:
@@ -244,11 +241,8 @@ def _check_config(config: Any, path: Path) -> None:
     if isinstance(labels := config.get("num_labels"), int) and labels > 100_000:
         # transformers makes a name for each
         raise ValueError(f"`num_labels` of {path} is {labels}, but can be at most 100,000.")
-    if config.get("transformers_weights") is not None:
-        raise ValueError(
-            f"`transformers_weights` of {path} names a file of weights, {config['transformers_weights']!r}: rename "
-            "that file to model.safetensors and remove the field."
-        )
+    if (weights := config.get("transformers_weights")) is not None:
+        raise ValueError(f"`transformers_weights` of {path} is {weights!r}: rename that file to {SINGLE_SHARD}.")
     for field, value in config.items():
         # transformers would download a kernel named `owner/name` from the Hub and run it
         if re.fullmatch("_?(attn|experts)_implementation(_internal)?", field) and "/" in str(value):

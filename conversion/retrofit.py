@@ -18,21 +18,9 @@ import modeling_attnres
 from modeling_attnres import AttnResConfig
 from modeling_attnres.configuration_attnres import ATTN_RES_FIELDS, AUTO_MAP, WIDTH_AT_TEMPERATURE_1
 
-from .model_card import model_card
-from .reading import (
-    CARD,
-    CONFIG,
-    INDEX,
-    NEW_TENSOR,
-    REPLACED,
-    TOKENIZER_CONFIG,
-    Checkpoint,
-    other_files,
-    read_checkpoint,
-    read_config,
-    read_json,
-)
-from .writing import check_copy, new_folder, place_files, shard_name, write_index, write_json
+from .model_card import model_card, sources_in_words
+from .reading import CARD, CONFIG, INDEX, KEPT, NEW_TENSOR, TOKENIZER_CONFIG, Checkpoint, other_files, read_checkpoint
+from .writing import new_folder, place_files, shard_name, write_index, write_json
 
 
 def retrofit(
@@ -62,18 +50,16 @@ def retrofit(
     config_json = _config_json(source, config)
     new = _new_tensors(source, config, config_json["architectures"][0])
     json_files, code = {CONFIG: config_json}, code_files()
-    path = source.folder / TOKENIZER_CONFIG
-    tokenizer_config = read_json(path) if path.is_file() else {}
-    if (tokenizer_class := _tokenizer_class(source, tokenizer_config)) is not None:
-        name, content = (TOKENIZER_CONFIG, tokenizer_config) if tokenizer_config else (CONFIG, config_json)
-        json_files[name] = {**content, "tokenizer_class": tokenizer_class}
+    if (tokenizer_class := _tokenizer_class(source)) is not None:
+        name = TOKENIZER_CONFIG if source.tokenizer_config else CONFIG
+        json_files[name] = {**(source.tokenizer_config or config_json), "tokenizer_class": tokenizer_class}
     ours = {*json_files, INDEX, CARD, *(file.name for file in code)}
-    card = model_card(base, source, config, config_json["architectures"][0])
+    card = model_card(source, config, config_json["architectures"][0])
     # Listed before anything is written: a file that vanishes in the meantime is an error
     others = [file for file in other_files(source.folder) if str(file) not in ours]
     replaced = [name for name in sorted(ours) if (source.folder / name).is_file()]
 
-    with new_folder(Path(output), source.folder) as folder:
+    with new_folder(Path(output), source) as folder:
         shards = sorted(source.shards)
         count = len(shards) + 1
         place_files([(source.folder / s, folder / shard_name(i, count)) for i, s in enumerate(shards, 1)], link)
@@ -82,23 +68,20 @@ def retrofit(
         for name, content in json_files.items():
             write_json(folder / name, content)
         place_files((source.folder / file, folder / file) for file in others)
-        place_files((source.folder / name, folder / REPLACED / name) for name in replaced)
+        place_files((source.folder / name, folder / KEPT / name) for name in replaced)
         place_files((file, folder / file.name) for file in code)
         (folder / CARD).write_text(card, encoding="utf-8", newline="\n")
-        check_copy(source, folder, source.tensors)
     return Path(output)
 
 
 def summary(folder: Path) -> str:
     """A retrofit in a few words: base, layers, sources, new parameters."""
     checkpoint = read_checkpoint(folder)
-    config = read_config(checkpoint)
+    config = checkpoint.attnres_config
     sizes = {name: prod(info["shape"]) for name, info in checkpoint.tensors.items()}
-    new = sum(size for name, size in sizes.items() if NEW_TENSOR.search(name))
-    layers, size = config.num_hidden_layers, config.attn_res_block_size
-    sources = "each sublayer's output" if config.attn_res_type == "full" else f"{-(-layers // size)} blocks of {size}"
-    share = f"{new:,} new parameters ({new / sum(sizes.values()):.2%})"
-    return f"{config.base_model_type}, {layers} layers, {config.attn_res_type} ({sources}), {share}"
+    new = sum(sizes[name] for name in checkpoint.new_tensors)
+    base = f"{config.base_model_type}, {config.num_hidden_layers} layers"
+    return f"{base}, {sources_in_words(config)}, {new:,} new parameters ({new / sum(sizes.values()):.2%})"
 
 
 def code_files() -> list[Path]:
@@ -113,10 +96,10 @@ def _attnres_config(source: Checkpoint, attn_res: dict[str, Any]) -> AttnResConf
         raise TypeError(f"`{unknown[0]}` is not an option of a retrofit. The options are: {', '.join(fields)}.")
     if source.config["model_type"] == "attnres":
         raise ValueError(f"{source.folder} is an AttnRes checkpoint already: its `model_type` is 'attnres'.")
-    if (taken := source.folder / REPLACED).exists():
+    if (taken := source.folder / KEPT).exists():
         raise ValueError(f"Rename {taken}: a retrofit keeps the base's own files in a folder of this name.")
     # First without the options, so that an error blames config.json only if the error is in it
-    width = read_config(source).hidden_size
+    width = source.attnres_config.hidden_size
     attn_res = {name: value for name, value in attn_res.items() if value is not None}
     try:
         attn_res = {"attn_res_temperature": width / WIDTH_AT_TEMPERATURE_1, **attn_res}
@@ -135,11 +118,8 @@ def _config_json(source: Checkpoint, config: AttnResConfig) -> dict[str, Any]:
         )
     auto_map = source.config.get("auto_map") or {}
     if any(name.startswith("AutoModel") for name in auto_map):
-        warnings.warn(
-            f"{source.folder} has model code of its own (`auto_map`). It is not run: the retrofit computes what "
-            f"{source.config['model_type']} computes in transformers.",
-            stacklevel=3,
-        )
+        computes = f"the retrofit computes what {source.config['model_type']} computes in transformers"
+        warnings.warn(f"{source.folder} has model code of its own (`auto_map`), not run: {computes}.", stacklevel=3)
     config_json = {
         **source.config,
         **{name: getattr(config, name) for name in ATTN_RES_FIELDS},
@@ -161,7 +141,7 @@ def _new_tensors(source: Checkpoint, config: AttnResConfig, architecture: str) -
     the meta device: it knows the layout of each family's experts on the disk, and reports missing tensors and wrong
     shapes. The packed weights of a quantized base are not checked here, but by `verify`.
     """
-    if taken := sorted(filter(NEW_TENSOR.search, source.tensors)):
+    if taken := sorted(source.new_tensors):
         raise ValueError(f"{source.folder} has a tensor {taken[0]!r}, the name of one that a retrofit adds: rename it.")
     is_packed = source.config.get("quantization_config") is not None
     model_class = getattr(modeling_attnres, architecture)
@@ -205,12 +185,12 @@ def _new_tensors(source: Checkpoint, config: AttnResConfig, architecture: str) -
     }
 
 
-def _tokenizer_class(source: Checkpoint, content: dict[str, Any]) -> str | None:
+def _tokenizer_class(source: Checkpoint) -> str | None:
     """
     The class that AutoTokenizer takes for the base, if the base's files do not name it: AutoTokenizer also goes by the
     `model_type`, and the retrofit has another one.
     """
-    folder = source.folder
+    folder, content = source.folder, source.tokenizer_config
     if not any(folder.glob("token*")) or "auto_map" in content:
         return None
     is_sentencepiece = (folder / "tokenizer.model").is_file() and not (folder / "tokenizer.json").is_file()

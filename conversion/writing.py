@@ -3,7 +3,6 @@
 
 import glob
 import json
-import math
 import os
 import shutil
 import uuid
@@ -19,19 +18,18 @@ from .reading import INDEX, Checkpoint, file_stamps, read_checkpoint, read_heade
 
 
 @contextmanager
-def new_folder(output: Path, source: Path) -> Iterator[Path]:
+def new_folder(output: Path, source: Checkpoint) -> Iterator[Path]:
     """
-    A hidden folder beside `output`. At the end of the `with` statement it is renamed to `output`; after an error it is
-    removed. A killed process leaves it, and the next run warns of it.
+    A hidden folder beside `output`. At the end of the `with` statement, its headers are read back and it is renamed to
+    `output`. After an error, or if the source has changed, it is removed. A killed process leaves it, and the next run
+    warns of it.
     """
     # A link to a folder stays a link
     target = output.resolve()
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise FileExistsError(f"The output {output} exists already and is not an empty folder.")
-    if target == Path.cwd() or source.resolve() in target.parents:
-        raise ValueError(
-            f"The output {output} is the current folder or lies in the source {source}: choose another folder."
-        )
+    if target == Path.cwd() or source.folder.resolve() in target.parents:
+        raise ValueError(f"The output {output} is the current folder or lies in the source: choose another folder.")
     target.parent.mkdir(parents=True, exist_ok=True)
     for unfinished in target.parent.glob(f".{glob.escape(target.name)}.{'[0-9a-f]' * 8}.partial"):
         message = f"{unfinished} is from a killed run, or another run is using it: if none is active, remove it."
@@ -40,6 +38,9 @@ def new_folder(output: Path, source: Path) -> Iterator[Path]:
     try:
         partial.mkdir()
         yield partial
+        read_checkpoint(partial)
+        if file_stamps(source.folder) != source.stamps:
+            raise ValueError(f"{source.folder} changed while it was copied: try again when no process writes to it.")
         partial.rename(target)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -73,16 +74,7 @@ def write_json(path: Path, content: Any) -> None:
 def write_index(folder: Path) -> None:
     """Writes the index over all shards in the folder."""
     shards = {shard.name: read_header(shard) for shard in sorted(folder.glob("*.safetensors"))}
-    tensors = [info for header in shards.values() for info in header.values()]
-    size = sum(info["data_offsets"][1] - info["data_offsets"][0] for info in tensors)
-    metadata = {"total_parameters": sum(math.prod(info["shape"]) for info in tensors), "total_size": size}
+    offsets = [info["data_offsets"] for header in shards.values() for info in header.values()]
     weight_map = {name: shard for shard, header in shards.items() for name in header}
+    metadata = {"total_size": sum(end - start for start, end in offsets)}
     write_json(folder / INDEX, {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))})
-
-
-def check_copy(source: Checkpoint, folder: Path, names: Iterable[str]) -> None:
-    """Checks that the copy has these tensors of the source, and that the source did not change in the meantime."""
-    written = read_checkpoint(folder).tensors
-    changed = file_stamps(source.folder) != source.stamps
-    if changed or any(written.get(n, {}).get("shape") != source.tensors[n]["shape"] for n in names):
-        raise ValueError(f"{source.folder} changed while it was copied: try again when no process writes to it.")

@@ -18,7 +18,7 @@ def test_there_and_back(tmp_path):
     options = ("--type", "block", "--block-size", 2, "--scale", "sum", "--norm-eps", "1e-5", "--link")
     retrofit = attnres("retrofit", base, tmp_path / "attnres", *options)
     assert retrofit.returncode == 0, retrofit.stderr
-    assert "llama, 5 layers, block (3 blocks of 2), 640 new parameters" in retrofit.stdout
+    assert "llama, 5 layers, block (3 blocks of 2 decoder layers), 640 new parameters" in retrofit.stdout
     assert f"Next: attnres verify {base} {tmp_path / 'attnres'}" in retrofit.stdout
     config = json.loads((tmp_path / "attnres" / "config.json").read_text())
     assert config["attn_res_block_size"] == 2 and config["attn_res_norm_eps"] == 1e-5

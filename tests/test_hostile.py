@@ -167,7 +167,7 @@ NOT_WHOLE = "truncated or not a safetensors file"
 INVALID = "config.json is not a valid configuration"
 SINGLE = {
     "weights: none": (remove("model*"), "has no model.safetensors.*save_pretrained"),
-    "weights: a GGUF": (only_a_gguf, 'holds its weights in a GGUF file.*gguf_file="model.gguf"'),
+    "weights: a GGUF": (only_a_gguf, "has no model.safetensors.*a GGUF file with `gguf_file`"),
     "weights: an adapter": (write("adapter_config.json", "{}"), "holds a PEFT adapter"),
     "weights: truncated": (truncate, NOT_WHOLE),
     "weights: strides that no number counts": (add_an_empty_tensor, "No model can be built"),
@@ -198,7 +198,7 @@ SINGLE = {
     "config: a kernel, privately": (config(_attn_implementation="someone/kernel"), "code from the Hub"),
     "config: weights by another name": (
         config(transformers_weights="tokenizer.json"),
-        "`transformers_weights` of .* names a file of weights, 'tokenizer.json'",
+        "`transformers_weights` of .* is 'tokenizer.json': rename",
     ),
     "config: a size that is not a number": (config(vocab_size="#"), INVALID),
     "config: rope of a wrong type": (config(rope_parameters=[1]), f"{INVALID}|No model can be built"),

@@ -275,7 +275,7 @@ def test_the_card_of_a_training_tool_is_completed(kind, tmp_path):
         result = invoke_attnres("card", folder, *(["--base", output] if kind == "checkpoint" else []))
         assert result.exit_code == 0, result.stderr
         card = (folder / "README.md").read_text()
-        assert card.count("Type: block (sources: blocks of 2 decoder layers); scale: `sum`") == 1
+        assert card.count("Type: block (3 blocks of 2 decoder layers); scale: `sum`") == 1
     expected = {"base_model": BASE, "license": "apache-2.0", "pipeline_tag": "text-generation"}
     expected["library_name"] = "peft" if kind == "adapter" else "transformers"
     data = metadata(card)

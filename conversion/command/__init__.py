@@ -3,7 +3,7 @@
 
 import json
 import shlex
-from importlib.metadata import version
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -29,23 +29,16 @@ Output = Annotated[Path, typer.Argument(help="Folder to write, new or empty.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of the first argument, if it is on the Hub.")]
 
 
-def show_version(asked: bool) -> None:
-    if asked:
-        typer.echo(f"modeling-attnres {version('modeling-attnres')}")
-        raise typer.Exit
-
-
-@app.callback()
-def attnres(
-    version: Annotated[
-        bool, typer.Option("--version", help="Show the version and exit.", is_eager=True, callback=show_version)
-    ] = False,
-):
+@app.callback(invoke_without_command=True)
+def attnres(version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False):
     """
     Attention Residuals: from a base checkpoint to an AttnRes checkpoint and back.
 
     Example: attnres retrofit Qwen/Qwen3-0.6B qwen3-attnres
     """
+    if version:
+        typer.echo(f"modeling-attnres {metadata.version('modeling-attnres')}")
+        raise typer.Exit
 
 
 @app.command()
@@ -69,16 +62,15 @@ def retrofit(
 
     Example: attnres retrofit Qwen/Qwen3-0.6B qwen3-attnres --block-size 4
     """
-    options = {"type": type, "block_size": block_size, "scale": scale, "norm_eps": norm_eps, "temperature": temperature}
-    from modeling_attnres.conversion import retrofit
-    from modeling_attnres.conversion.retrofit import summary
+    from modeling_attnres.conversion.retrofit import retrofit, summary
 
-    options = {f"attn_res_{name}": value for name, value in options.items()}
-    retrofit(base, output, link=link, revision=revision, **options)
+    options = {"type": type, "block_size": block_size, "scale": scale, "norm_eps": norm_eps, "temperature": temperature}
+    attn_res = {f"attn_res_{name}": value for name, value in options.items()}
+    retrofit(base, output, link=link, revision=revision, **attn_res)
     typer.echo(f"Wrote {output}: {summary(output)}.")
-    compare = ["attnres", "verify", base, str(output), *(["--revision", revision] if revision else [])]
+    verify = ["attnres", "verify", base, str(output), *(["--revision", revision] if revision else [])]
     train = "train it. With the scale 'mean' it differs from its base until then."
-    typer.echo(f"Next: {shlex.join(compare) if scale == 'sum' else train}")
+    typer.echo(f"Next: {shlex.join(verify) if scale == 'sum' else train}")
 
 
 @app.command()
@@ -123,7 +115,7 @@ def merge(
     base: Annotated[str | None, typer.Option(help="Its AttnRes checkpoint.", show_default="as recorded")] = None,
 ):
     """
-    Merge a PEFT adapter into its AttnRes checkpoint, with a trained depth attention.
+    Merge a PEFT adapter into its AttnRes checkpoint.
 
     Example: attnres merge my-adapter merged
     """
