@@ -21,26 +21,25 @@ def push(checkpoint: str | Path, name: str, *, private: bool = False) -> str:
         private (`bool`, *optional*, defaults to `False`): whether a new repository is private.
 
     Raises:
-        `FileNotFoundError`, `ValueError`: not a whole AttnRes checkpoint, or one without a card.
+        `FileNotFoundError`, `ValueError`: not a complete AttnRes checkpoint, or one without a card.
         `ConnectionError`: the upload was interrupted, or the Hub refused it.
     """
     files = read_attnres(checkpoint)
     card = files.folder / CARD
     if not card.is_file():
         raise FileNotFoundError(f"{files.folder} has no {CARD}: `attnres card {files.folder}` writes one.")
-    paths = [CONFIG, *files.shards, *(str(path) for path in other_files(files.folder) if str(path) != CARD)]
-    if (files.folder / INDEX).is_file():
-        paths.append(INDEX)
+    index = [INDEX] if (files.folder / INDEX).is_file() else []
+    paths = [CONFIG, *index, *files.shards, *map(str, other_files(files.folder))]
     try:
         api = HfApi()
         repository = api.create_repo(name, private=private or None, exist_ok=True)
         sent = card.read_text(encoding="utf-8").replace(PLACEHOLDER, repository.repo_id)
-        operations = [CommitOperationAdd(path, str(files.folder / path)) for path in paths]
+        operations = [CommitOperationAdd(path, str(files.folder / path)) for path in paths if path != CARD]
         operations.append(CommitOperationAdd(CARD, sent.encode()))
         api.create_commit(repository.repo_id, operations, commit_message="Upload an AttnRes checkpoint")
     except (HTTPError, RuntimeError) as error:  # a RuntimeError if the upload of a file failed
         raise ConnectionError(
-            f"{files.folder} was not uploaded to {name}: {error.__cause__ or error} The checkpoint is whole. To "
-            f"continue: `attnres push {files.folder} {name}{' --private' if private else ''}`."
+            f"{files.folder} was not uploaded to {name}: {error.__cause__ or error} The folder is "
+            f"unchanged. To continue: `attnres push {files.folder} {name}{' --private' if private else ''}`."
         ) from error
     return str(repository)

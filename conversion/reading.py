@@ -137,7 +137,7 @@ def read_adapter(source: str | Path, base: str | Path | None = None) -> tuple[Pa
 
 
 def read_checkpoint(source: str | Path, revision: str | None = None) -> Checkpoint:
-    """Reads config.json and the header of every shard, and checks that each shard is whole."""
+    """Reads config.json and the header of every shard, and checks that each shard is complete."""
     folder = find_checkpoint(source, revision)
     if (folder / ADAPTER_CONFIG).exists():
         raise ValueError(f"{folder} holds a PEFT adapter: merge it into its base first (`attnres merge`).")
@@ -188,7 +188,7 @@ def _check_files(folder: Path) -> None:
 
 
 def read_header(shard: Path) -> dict[str, dict]:
-    """The header of a whole shard: the safetensors library checks that its tensors fill the file."""
+    """The header of a shard. The safetensors library checks that the shard is complete."""
     if not shard.is_file():
         raise FileNotFoundError(f"The shard {shard} is missing.")
     try:
@@ -223,7 +223,7 @@ def read_json(path: Path) -> Any:
 def parse_json(text: bytes, origin: Path | str) -> Any:
     try:
         content = json.loads(text.decode("utf-8"))
-        # All code that walks through it later must come to its end
+        # Code that reads it later may fail on deep nesting
         list(_texts(content))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{origin} is not valid JSON: {error}") from error
@@ -266,7 +266,7 @@ def _check_tokenizer_config(config: Any, path: Path) -> None:
 
 
 def _texts(value: Any, depth: int = 0) -> Iterator[str]:
-    """The strings in the values of a JSON file. `ValueError` if it is nested deeper than any configuration."""
+    """The strings in the values of a JSON file. Raises a `ValueError` if it is nested too deep."""
     if depth > _MAX_JSON_DEPTH:
         raise ValueError(f"it is nested more than {_MAX_JSON_DEPTH} levels deep")
     if isinstance(value, str):

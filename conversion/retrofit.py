@@ -27,8 +27,8 @@ def retrofit(
     base: str | Path, output: str | Path, *, link: bool = False, revision: str | None = None, **attn_res
 ) -> Path:
     r"""
-    Makes an AttnRes checkpoint of a base checkpoint, on files: the base's weights are copied or linked as they are, and
-    the new tensors (zero queries, key norms of one, in float32) are in a shard of their own. With the default scale the
+    Makes an AttnRes checkpoint from a base checkpoint, on files. The base's weights are copied or linked as they are.
+    The new tensors (zero queries, key norms of one, in float32) are in a shard of their own. With the default scale the
     result computes what its base computes, up to the rounding of its sums.
 
     Args:
@@ -60,9 +60,8 @@ def retrofit(
     replaced = [name for name in sorted(ours) if (source.folder / name).is_file()]
 
     with new_folder(Path(output), source) as folder:
-        shards = sorted(source.shards)
-        count = len(shards) + 1
-        place_files([(source.folder / s, folder / shard_name(i, count)) for i, s in enumerate(shards, 1)], link)
+        count = len(source.shards) + 1
+        place_files([(source.folder / s, folder / shard_name(i, count)) for i, s in enumerate(source.shards, 1)], link)
         (folder / shard_name(count, count)).write_bytes(save(new, metadata={"format": "pt"}))
         write_index(folder)
         for name, content in json_files.items():
@@ -118,8 +117,8 @@ def _config_json(source: Checkpoint, config: AttnResConfig) -> dict[str, Any]:
         )
     auto_map = source.config.get("auto_map") or {}
     if any(name.startswith("AutoModel") for name in auto_map):
-        computes = f"the retrofit computes what {source.config['model_type']} computes in transformers"
-        warnings.warn(f"{source.folder} has model code of its own (`auto_map`), not run: {computes}.", stacklevel=3)
+        instead = f"the retrofit computes what {source.config['model_type']} computes in transformers"
+        warnings.warn(f"The model code of {source.folder} (`auto_map`) is not used: {instead}.", stacklevel=3)
     config_json = {
         **source.config,
         **{name: getattr(config, name) for name in ATTN_RES_FIELDS},

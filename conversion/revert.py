@@ -17,7 +17,7 @@ from .writing import new_folder, place_files, write_index, write_json
 
 def revert(attnres: str | Path, output: str | Path, *, force: bool = False, revision: str | None = None) -> Path:
     r"""
-    Gives the base of an AttnRes checkpoint back. If the retrofit was not trained, every file is the base's to the byte.
+    Restores the base of an AttnRes checkpoint. If the retrofit was not trained, all files are the base's, byte for byte.
 
     Args:
         attnres (`str` or `Path`): folder or Hub id of the AttnRes checkpoint.
@@ -32,8 +32,8 @@ def revert(attnres: str | Path, output: str | Path, *, force: bool = False, revi
     checkpoint = read_attnres(attnres, revision)
     if not force and (trained := trained_queries(checkpoint)):
         raise ValueError(
-            f"{len(trained)} queries are trained (the first is {trained[0]!r}), so the base alone computes something "
-            "else. To drop them all the same, use `force` (--force)."
+            f"{len(trained)} queries are trained (the first is {trained[0]!r}), so the base computes something else. "
+            "To drop them anyway, use `force` (--force)."
         )
     new = checkpoint.new_tensors
     shards = {shard: header.keys() - new for shard, header in checkpoint.shards.items() if header.keys() - new}

@@ -32,7 +32,14 @@ from modeling_attnres.conversion.verify import TEXT
 from modeling_attnres.conversion.writing import write_index
 
 
-LEFT_BEHIND = ("pytorch_model.bin", "checkpoint-5/config.json", "checkpoint-5/trainer_state.json", "runs/Nov24/events")
+LEFT_BEHIND = (
+    "pytorch_model.bin",
+    "checkpoint-5/config.json",
+    "checkpoint-5/trainer_state.json",
+    "runs/Nov24/events",
+    "original/params.json",
+    ".cache/download",
+)
 
 
 @pytest.mark.parametrize("sharded", [False, True], ids=["single", "sharded"])
@@ -300,7 +307,7 @@ def test_a_base_with_model_code_of_its_own(tmp_path):
     base = save_base(tmp_path / "base")
     auto_map = {"AutoModelForCausalLM": "modeling_own.Own", "AutoTokenizer": ["own.Own", None]}
     edit_json(base / "config.json", auto_map=auto_map)
-    with pytest.warns(UserWarning, match="model code of its own.*llama computes in transformers"):
+    with pytest.warns(UserWarning, match="model code of .*base .* is not used.*llama computes in transformers"):
         output = retrofit(base, tmp_path / "attnres")
     written = json.loads((output / "config.json").read_text())["auto_map"]
     assert written["AutoModelForCausalLM"] == "modeling_attnres.AttnResForCausalLM"

@@ -82,6 +82,8 @@ def test_a_retrofit_is_uniform(folders):
     torch.testing.assert_close(inspection.entropies, torch.ones(10, 40))
     assert not inspection.query_norms.any() and inspection.loss_changes is None
     assert str(inspection).count("\n") == 0 and "All queries are zero" in str(inspection)
+    ablation = replace(inspection, loss_changes=inspection.mean_weights)
+    assert "All queries are zero" in str(ablation) and "Change in loss without one source" in str(ablation)
 
 
 @torch.no_grad()

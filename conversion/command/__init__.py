@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_attnres authors. Licensed under the Apache License, Version 2.0.
-"""The `attnres` command. A module outside of the packages: importing those takes seconds, and `--help` must not."""
+"""The `attnres` command. It is outside of the other packages, whose import takes seconds, so that `--help` is quick."""
 
 import json
 import shlex
@@ -29,6 +29,12 @@ Output = Annotated[Path, typer.Argument(help="Folder to write, new or empty.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of the first argument, if it is on the Hub.")]
 
 
+def conversion():
+    import modeling_attnres.conversion
+
+    return modeling_attnres.conversion
+
+
 @app.callback(invoke_without_command=True)
 def attnres(version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False):
     """
@@ -54,11 +60,11 @@ def retrofit(
     ] = "sum",
     norm_eps: Annotated[float, typer.Option(help="Epsilon of the keys' RMSNorm.")] = 1e-6,
     temperature: Annotated[float | None, typer.Option(help="Divisor of the logits.", show_default="width/128")] = None,
-    link: Annotated[bool, typer.Option("--link", help="Hard-link the base's weights, copy nothing.")] = False,
+    link: Annotated[bool, typer.Option("--link", help="Hard-link the base's weights, without a copy.")] = False,
     revision: Revision = None,
 ):
     """
-    Make an AttnRes checkpoint of a base checkpoint.
+    Make an AttnRes checkpoint from a base checkpoint.
 
     Example: attnres retrofit Qwen/Qwen3-0.6B qwen3-attnres --block-size 4
     """
@@ -82,9 +88,7 @@ def verify(base: Base, attnres: AttnRes, revision: Revision = None):
 
     Example: attnres verify Qwen/Qwen3-0.6B qwen3-attnres
     """
-    from modeling_attnres.conversion import verify
-
-    result = verify(base, attnres, revision=revision)
+    result = conversion().verify(base, attnres, revision=revision)
     typer.echo(result)
     if not result.passed:
         raise typer.Exit(1)
@@ -98,14 +102,11 @@ def revert(
     revision: Revision = None,
 ):
     """
-    Give the base of an AttnRes checkpoint back, byte for byte.
+    Restore the base of an AttnRes checkpoint, byte for byte.
 
     Example: attnres revert qwen3-attnres qwen3
     """
-    from modeling_attnres.conversion import revert
-
-    revert(attnres, output, force=force, revision=revision)
-    typer.echo(f"Wrote {output}.")
+    typer.echo(f"Wrote {conversion().revert(attnres, output, force=force, revision=revision)}.")
 
 
 @app.command()
@@ -119,10 +120,7 @@ def merge(
 
     Example: attnres merge my-adapter merged
     """
-    from modeling_attnres.conversion import merge
-
-    merge(adapter, output, base=base)
-    typer.echo(f"Wrote {output}.")
+    typer.echo(f"Wrote {conversion().merge(adapter, output, base=base)}.")
 
 
 @app.command()
@@ -137,9 +135,7 @@ def card(
 
     Example: attnres card my-checkpoint --base qwen3-attnres
     """
-    from modeling_attnres.conversion import card
-
-    typer.echo(f"Wrote {card(folder, base)}.")
+    typer.echo(f"Wrote {conversion().card(folder, base)}.")
 
 
 @app.command()
@@ -147,9 +143,9 @@ def inspect(
     checkpoint: Annotated[str, typer.Argument(help="Folder or Hub id of an AttnRes checkpoint or a PEFT adapter.")],
     text: Annotated[Path | None, typer.Option(help="Text file to run.", show_default="English", dir_okay=False)] = None,
     ablate: Annotated[bool, typer.Option("--ablate", help="Measure the loss without each source.")] = False,
-    max_tokens: Annotated[int, typer.Option(min=2, help="Length at which the text is cut.")] = 512,
-    html: Annotated[Path | None, typer.Option(help="Page to write, with the weights at each token.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON in place of tables.")] = False,
+    max_tokens: Annotated[int, typer.Option(min=2, help="Maximum number of tokens.")] = 512,
+    html: Annotated[Path | None, typer.Option(help="HTML page to write.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
     revision: Revision = None,
 ):
     """
@@ -157,10 +153,8 @@ def inspect(
 
     Example: attnres inspect qwen3-attnres --ablate --html page.html
     """
-    from modeling_attnres.conversion.inspection import TEXT, inspect_checkpoint
-
-    content = TEXT if text is None else text.read_text(encoding="utf-8")
-    inspection = inspect_checkpoint(checkpoint, content, ablate, max_tokens, revision)
+    content = conversion().inspection.TEXT if text is None else text.read_text(encoding="utf-8")
+    inspection = conversion().inspect_checkpoint(checkpoint, content, ablate, max_tokens, revision)
     typer.echo(json.dumps(inspection.to_dict()) if as_json else inspection)
     if html is not None:
         html.write_text(inspection.page(), encoding="utf-8")
@@ -178,6 +172,4 @@ def push(
 
     Example: attnres push qwen3-attnres me/qwen3-attnres --private
     """
-    from modeling_attnres.conversion import push
-
-    typer.echo(f"Uploaded to {push(checkpoint, name, private=private)}")
+    typer.echo(f"Uploaded to {conversion().push(checkpoint, name, private=private)}")
