@@ -20,7 +20,7 @@ from modeling_attnres.configuration_attnres import ATTN_RES_FIELDS, AUTO_MAP, WI
 
 from .model_card import model_card, sources_in_words
 from .reading import CARD, CONFIG, INDEX, KEPT, NEW_TENSOR, TOKENIZER_CONFIG, Checkpoint, other_files, read_checkpoint
-from .writing import new_folder, place_files, shard_name, write_index, write_json
+from .writing import new_folder, place_files, write_index, write_json
 
 
 def retrofit(
@@ -61,8 +61,10 @@ def retrofit(
 
     with new_folder(Path(output), source) as folder:
         count = len(source.shards) + 1
-        place_files([(source.folder / s, folder / shard_name(i, count)) for i, s in enumerate(source.shards, 1)], link)
-        (folder / shard_name(count, count)).write_bytes(save(new, metadata={"format": "pt"}))
+        # transformers removes files of such names when it saves over them
+        *names, last = [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
+        place_files(((source.folder / shard, folder / name) for shard, name in zip(source.shards, names)), link)
+        (folder / last).write_bytes(save(new, metadata={"format": "pt"}))
         write_index(folder)
         for name, content in json_files.items():
             write_json(folder / name, content)

@@ -17,7 +17,7 @@ from .writing import new_folder, place_files, write_index, write_json
 
 def revert(attnres: str | Path, output: str | Path, *, force: bool = False, revision: str | None = None) -> Path:
     r"""
-    Restores the base of an AttnRes checkpoint. If the retrofit was not trained, all files are the base's, byte for byte.
+    Restores the base of an AttnRes checkpoint. If the retrofit was not trained, all files are those of the base.
 
     Args:
         attnres (`str` or `Path`): folder or Hub id of the AttnRes checkpoint.

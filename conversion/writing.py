@@ -61,11 +61,6 @@ def place_files(pairs: Iterable[tuple[Path, Path]], link: bool = False) -> None:
             raise OSError(f"{source} cannot be linked to {target.parent} ({error}): leave out --link.") from error
 
 
-def shard_name(number: int, count: int) -> str:
-    """The name that transformers gives to shards. It removes files of such names when it saves over them."""
-    return f"model-{number:05}-of-{count:05}.safetensors"
-
-
 def write_json(path: Path, content: Any) -> None:
     # The same bytes on every system
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8", newline="\n")
