@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from modeling_attnres.probing import depth_attentions, depth_sources, masked_sources, recorded_weights
 
+from .merge import load_adapter
 from .reading import ADAPTER_CONFIG, find_checkpoint, read_adapter, read_attnres
 
 
@@ -136,21 +137,20 @@ def inspect_checkpoint(
         `FileNotFoundError`: as for [`retrofit`].
         `ValueError`: no AttnRes causal language model, no tokenizer, fewer than two tokens, or a diverged model.
     """
-    source = find_checkpoint(checkpoint, revision)
-    is_adapter = (source / ADAPTER_CONFIG).is_file()
-    model_files = read_adapter(source)[1] if is_adapter else read_attnres(source)
-    folder, architecture = model_files.folder, model_files.architecture
-    if not architecture.endswith("ForCausalLM"):
-        raise ValueError(f"{folder} is a {architecture}, but only a causal language model can be inspected.")
-    if not any(folder.glob("token*")):
+    folder = find_checkpoint(checkpoint, revision)
+    is_adapter = (folder / ADAPTER_CONFIG).is_file()
+    source = read_adapter(folder)[1] if is_adapter else read_attnres(folder)
+    if not source.architecture.endswith("ForCausalLM"):
+        raise ValueError(f"{source.folder} is a {source.architecture}, but only a causal language model is inspected.")
+    with_tokenizer = [path for path in (folder, source.folder) if any(path.glob("token*"))]
+    if not with_tokenizer:
         raise ValueError(f"{folder} has no tokenizer: save one into it (`tokenizer.save_pretrained`).")
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    # Never a pickle, even if one is in the folder
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
+    tokenizer = AutoTokenizer.from_pretrained(with_tokenizer[0], trust_remote_code=False)
     if is_adapter:
-        from peft import PeftModel
-
-        model = PeftModel.from_pretrained(model, source)
+        model = load_adapter(folder, source, torch.float32)
+    else:
+        # Never a pickle, even if one is in the folder
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
     name = Path(checkpoint).resolve().name if Path(checkpoint).is_dir() else str(checkpoint)
     return inspect_model(model, tokenizer, text, ablate, max_tokens, name)
 

@@ -4,12 +4,13 @@
 import warnings
 from pathlib import Path
 
-from transformers import AutoTokenizer
+import torch
+from transformers import AutoTokenizer, PreTrainedModel
 
 import modeling_attnres
 
 from .model_card import card
-from .reading import CARD, KEPT, TOKENIZER_CONFIG, other_files, read_adapter
+from .reading import CARD, KEPT, TOKENIZER_CONFIG, Checkpoint, other_files, read_adapter
 from .writing import new_folder, place_files
 
 
@@ -28,23 +29,11 @@ def merge(adapter: str | Path, output: str | Path, *, base: str | Path | None = 
         `FileNotFoundError`, `FileExistsError`: as for [`retrofit`].
         `ValueError`: no adapter, one that does not fit, or a base that is no AttnRes checkpoint or is quantized.
     """
-    from peft import PeftModel
-
     folder, source = read_adapter(adapter, base)
     if source.config.get("quantization_config") is not None:
         raise ValueError(f"{source.folder} is quantized: use the base before its quantization (`base`, --base).")
     try:
-        # Never a pickle, even if one is in the folder
-        model_class = getattr(modeling_attnres, source.architecture)
-        model = model_class.from_pretrained(source.folder, dtype="auto", use_safetensors=True)
-        if (folder / TOKENIZER_CONFIG).is_file():
-            # As PEFT's Auto classes do for tokens that were added before the training
-            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-            if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-                model.resize_token_embeddings(len(tokenizer))
-        with warnings.catch_warnings():
-            warnings.filterwarnings("error", "Found missing adapter keys")
-            model = PeftModel.from_pretrained(model, folder).merge_and_unload()
+        model = load_adapter(folder, source, "auto").merge_and_unload()
     except Exception as error:  # noqa: BLE001  untrusted files: transformers and PEFT may fail on them anywhere
         raise ValueError(f"{folder} cannot be merged into {source.folder}: {error}") from error
     files = {file: source.folder / file for file in other_files(source.folder) if file.parts[0] != KEPT}
@@ -55,3 +44,19 @@ def merge(adapter: str | Path, output: str | Path, *, base: str | Path | None = 
         model.save_pretrained(partial)
         card(partial, source.name)
     return Path(output)
+
+
+def load_adapter(folder: Path, source: Checkpoint, dtype: torch.dtype | str) -> PreTrainedModel:
+    from peft import PeftModel
+
+    model_class = getattr(modeling_attnres, source.architecture)
+    # Never a pickle, even if one is in the folder
+    model = model_class.from_pretrained(source.folder, dtype=dtype, use_safetensors=True)
+    if (folder / TOKENIZER_CONFIG).is_file():
+        # As PEFT's Auto classes do for tokens that were added before the training
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+            model.resize_token_embeddings(len(tokenizer))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "Found missing adapter keys")
+        return PeftModel.from_pretrained(model, folder)

@@ -125,15 +125,19 @@ def test_a_model_in_memory_and_a_notebook(folders, inspection):
 
 
 def test_an_adapter(folders, tmp_path):
-    """Its base is read from its own configuration, and its trained queries are the ones that count."""
+    """Its base is read from its own configuration. Queries, tokenizer and new embeddings are those of the adapter."""
     model = AutoModelForCausalLM.from_pretrained(folders / "retrofit")
+    model.resize_token_embeddings(100)
     lora = LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", modules_to_save=ATTN_RES_MODULES)
     model = get_peft_model(model, lora)
     for name, parameter in model.named_parameters():
         if name.endswith("query") and parameter.requires_grad:
             torch.nn.init.constant_(parameter, 0.5)
     model.save_pretrained(tmp_path / "adapter")
-    inspection = inspect_checkpoint(tmp_path / "adapter", TEXT)
+    save_word_tokenizer(tmp_path / "adapter", [*WORDS, "new"])
+    expected = inspect_model(model, AutoTokenizer.from_pretrained(tmp_path / "adapter"), f"new {TEXT}")
+    inspection = inspect_checkpoint(tmp_path / "adapter", f"new {TEXT}")
+    assert inspection.loss == pytest.approx(expected.loss, abs=1e-5) and inspection.tokens[0] == "new"
     assert inspection.name == "adapter" and (inspection.query_norms > 1).all()
     (tmp_path / "adapter" / "adapter_model.safetensors").rename(tmp_path / "adapter" / "adapter_model.bin")
     with pytest.raises(FileNotFoundError, match="has no adapter_model.safetensors"):
