@@ -152,9 +152,10 @@ def read_checkpoint(source: str | Path, revision: str | None = None) -> Checkpoi
             if name not in shards[shard]:
                 raise ValueError(f"{folder / INDEX} places the tensor {name!r} in {shard}, which does not hold it.")
     else:
+        kind = "only a GGUF file" if any(folder.glob("*.gguf")) else f"no {SINGLE_SHARD} and no {INDEX}"
         raise FileNotFoundError(
-            f"{folder} has no {SINGLE_SHARD} and no {INDEX}. If its weights are in another format, load it with "
-            "`AutoModelForCausalLM.from_pretrained` (a GGUF file with `gguf_file`) and save it with `save_pretrained`."
+            f"{folder} has {kind}. Load weights of another format with `AutoModelForCausalLM.from_pretrained` (a GGUF "
+            "file with `gguf_file`), save them with `save_pretrained`, and use the saved checkpoint."
         )
     config = read_json(folder / CONFIG)
     _check_config(config, folder / CONFIG)

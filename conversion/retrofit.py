@@ -76,13 +76,15 @@ def retrofit(
 
 
 def summary(folder: Path) -> str:
-    """A retrofit in a few words: base, layers, sources, new parameters."""
+    """A retrofit in a few words: base, layers, sources, new parameters, exact or not."""
     checkpoint = read_checkpoint(folder)
     config = checkpoint.attnres_config
     sizes = {name: prod(info["shape"]) for name, info in checkpoint.tensors.items()}
     new = sum(sizes[name] for name in checkpoint.new_tensors)
     base = f"{config.base_model_type}, {config.num_hidden_layers} layers"
-    return f"{base}, {sources_in_words(config)}, {new:,} new parameters ({new / sum(sizes.values()):.2%})"
+    share = f"{new:,} new parameters ({new / sum(sizes.values()):.2%})"
+    exact = "exact" if config.attn_res_scale == "sum" else "not exact (scale 'mean')"
+    return f"{base}, {sources_in_words(config)}, {share}, {exact}"
 
 
 def code_files() -> list[Path]:

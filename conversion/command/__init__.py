@@ -75,8 +75,7 @@ def retrofit(
     retrofit(base, output, link=link, revision=revision, **attn_res)
     typer.echo(f"Wrote {output}: {summary(output)}.")
     verify = ["attnres", "verify", base, str(output), *(["--revision", revision] if revision else [])]
-    train = "train it. With the scale 'mean' it differs from its base until then."
-    typer.echo(f"Next: {shlex.join(verify) if scale == 'sum' else train}")
+    typer.echo(f"Next: {shlex.join(verify) if scale == 'sum' else 'train it'}")
 
 
 @app.command()
