@@ -32,10 +32,10 @@ def merge(adapter: str | Path, output: str | Path, *, base: str | Path | None = 
     folder, source = read_adapter(adapter, base)
     if source.config.get("quantization_config") is not None:
         raise ValueError(f"{source.folder} is quantized: use the base before its quantization (`base`, --base).")
-    try:
-        model = load_adapter(folder, source, "auto").merge_and_unload()
-    except Exception as error:  # noqa: BLE001  untrusted files: transformers and PEFT may fail on them anywhere
-        raise ValueError(f"{folder} cannot be merged into {source.folder}: {error}") from error
+    model = load_adapter(folder, source, "auto")
+    if not hasattr(model, "merge_and_unload"):
+        raise ValueError(f"{folder} cannot be merged: PEFT has no merge for its method.")
+    model = model.merge_and_unload()
     files = {file: source.folder / file for file in other_files(source.folder) if file.parts[0] != KEPT}
     files |= {file: folder / file for file in other_files(folder) if str(file) != CARD}
 
@@ -49,14 +49,17 @@ def merge(adapter: str | Path, output: str | Path, *, base: str | Path | None = 
 def load_adapter(folder: Path, source: Checkpoint, dtype: torch.dtype | str) -> PreTrainedModel:
     from peft import PeftModel
 
-    model_class = getattr(modeling_attnres, source.architecture)
-    # Never a pickle, even if one is in the folder
-    model = model_class.from_pretrained(source.folder, dtype=dtype, use_safetensors=True)
-    if (folder / TOKENIZER_CONFIG).is_file():
-        # As PEFT's Auto classes do for tokens that were added before the training
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-            model.resize_token_embeddings(len(tokenizer))
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", "Found missing adapter keys")
-        return PeftModel.from_pretrained(model, folder)
+    try:
+        # Never a pickle, even if one is in the folder
+        model_class = getattr(modeling_attnres, source.architecture)
+        model = model_class.from_pretrained(source.folder, dtype=dtype, use_safetensors=True)
+        if (folder / TOKENIZER_CONFIG).is_file():
+            # As PEFT's Auto classes do for tokens that were added before the training
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+                model.resize_token_embeddings(len(tokenizer))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", "Found missing adapter keys")
+            return PeftModel.from_pretrained(model, folder)
+    except Exception as error:  # noqa: BLE001  untrusted files: transformers and PEFT may fail on them anywhere
+        raise ValueError(f"{folder} cannot be loaded into {source.folder}: {error}") from error
