@@ -141,16 +141,19 @@ def inspect_checkpoint(
     is_adapter = (folder / ADAPTER_CONFIG).is_file()
     source = read_adapter(folder)[1] if is_adapter else read_attnres(folder)
     if not source.architecture.endswith("ForCausalLM"):
-        raise ValueError(f"{source.folder} is a {source.architecture}, but only a causal language model is inspected.")
+        raise ValueError(f"{source.folder} is a {source.architecture}, but must be a causal language model.")
     with_tokenizer = [path for path in (folder, source.folder) if any(path.glob("token*"))]
     if not with_tokenizer:
         raise ValueError(f"{folder} has no tokenizer: save one into it (`tokenizer.save_pretrained`).")
-    tokenizer = AutoTokenizer.from_pretrained(with_tokenizer[0], trust_remote_code=False)
-    if is_adapter:
-        model = load_adapter(folder, source, torch.float32)
-    else:
-        # Never a pickle, even if one is in the folder
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(with_tokenizer[0], trust_remote_code=False)
+        if is_adapter:
+            model = load_adapter(folder, source, torch.float32)
+        else:
+            # Never a pickle, even if one is in the folder
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
+    except Exception as error:  # noqa: BLE001  untrusted files: transformers may fail on them anywhere
+        raise ValueError(f"{folder} cannot be loaded: {error}") from error
     name = Path(checkpoint).resolve().name if Path(checkpoint).is_dir() else str(checkpoint)
     return inspect_model(model, tokenizer, text, ablate, max_tokens, name)
 
@@ -169,6 +172,8 @@ def inspect_model(
     input_ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids[:, :max_tokens].to(model.device)
     if input_ids.shape[1] < 2:
         raise ValueError(f"The text has {input_ids.shape[1]} tokens, but a loss needs at least 2.")
+    if (token := input_ids.max().item()) >= (count := model.get_input_embeddings().weight.shape[0]):
+        raise ValueError(f"The tokenizer of {name} makes token {token}, but the model has {count}.")
     is_training = model.training
     model.eval()
     with recorded_weights(model) as recorded:
@@ -178,7 +183,8 @@ def inspect_model(
     sublayers, sources = list(recorded), depth_sources(model)
     weights = torch.full((len(sublayers), input_ids.shape[1], len(sources)), torch.nan)
     for row, (weight,) in zip(weights, recorded.values()):
-        row[:, : weight.shape[-1]] = weight[0]
+        # Without the virtual tokens of an adapter
+        row[:, : weight.shape[-1]] = weight[0, -input_ids.shape[1] :]
     norms = torch.stack([module.query.float().norm().cpu() for module in depth_attentions(model).values()])
     tokens = [tokenizer.decode([token]) for token in input_ids[0].tolist()]
     inspection = Inspection(name, sublayers, sources, tokens, loss, weights, norms)

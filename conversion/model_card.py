@@ -49,18 +49,20 @@ def card(folder: str | Path, base: str | Path | None = None) -> Path:
     base = base or (checkpoint.name if is_adapter else card.data.base_model)
     if not isinstance(base, (str, Path)):
         raise ValueError(f"{path} does not name the model that was trained: give it as the base (`base`, --base).")
-    of_base = _load(find_checkpoint(base, only=CARD) / CARD).data
+    of_base = _load(find_checkpoint(base, only=CARD) / CARD, ignore_metadata_errors=True).data
     if not os.path.isdir(base):
         of_base.base_model = base
     _complete(card, checkpoint.attnres_config, checkpoint.architecture, of_base, is_adapter)
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder: remove it.")
     partial = path.with_name(f".{CARD}.partial")
     card.save(partial)
     return partial.replace(path)
 
 
-def _load(path: Path) -> ModelCard:
+def _load(path: Path, **options: bool) -> ModelCard:
     try:
-        return ModelCard.load(path, ignore_metadata_errors=True) if path.is_file() else ModelCard("---\n\n---\n")
+        return ModelCard.load(path, **options) if path.is_file() else ModelCard("---\n\n---\n")
     except Exception as error:  # noqa: BLE001  the YAML parser's own errors, and others
         raise ValueError(f"The metadata of {path} cannot be read: {error}") from error
 
@@ -90,7 +92,7 @@ At that time its weights were those of the base, its queries were zero, and it {
 queries are not zero any more (`attnres inspect`). torch {torch.__version__}, transformers {transformers.__version__}.
 """)
     try:
-        of_base = _load(source.folder / CARD).data
+        of_base = _load(source.folder / CARD, ignore_metadata_errors=True).data
     except ValueError as error:
         warnings.warn(f"{error} The new card has no license.", stacklevel=3)
         of_base = ModelCardData()
@@ -118,7 +120,7 @@ def _complete(
         vars(data).update({key: of_base.get(key) for key in ("license", "license_name", "license_link")})
     data.library_name = data.library_name or ("peft" if is_adapter else "transformers")
     data.pipeline_tag = data.pipeline_tag or _TASKS.get(auto_class)
-    data.tags = sorted({*(data.tags or []), "attnres"})
+    data.tags = sorted({*map(str, data.tags or []), "attnres"})
     if _HEADING in card.text:
         return
     package, loader = "transformers", auto_class

@@ -17,6 +17,7 @@ from huggingface_hub import errors, snapshot_download
 from huggingface_hub.utils import filter_repo_objects
 from safetensors import SafetensorError, safe_open
 
+import modeling_attnres
 from modeling_attnres import AttnResConfig
 
 
@@ -36,7 +37,7 @@ NEW_TENSOR = re.compile(r"(^|\.)layers\.\d+\.\w+_res\.(query|key_norm)$")
 # Weights in other formats and the state of a training run are not part of the checkpoint
 _LEFT_BEHIND = [
     *("*.bin", "*.ckpt", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.ot", "*.pt", "*.pth", "*.bin.index.json"),
-    *("original/*", "consolidated*", "checkpoint-*/*", "runs/*"),
+    *("original/*", "consolidated*.safetensors", "checkpoint-*/*", "*/checkpoint-*/*", "runs/*", "*/runs/*"),
 ]
 _MAX_JSON_DEPTH = 100
 
@@ -70,7 +71,7 @@ class Checkpoint:
 
     @cached_property
     def attnres_config(self) -> AttnResConfig:
-        """The configuration of an AttnRes checkpoint, or a base's as an AttnRes configuration."""
+        """config.json as an [`AttnResConfig`], also for a base."""
         try:
             return AttnResConfig.from_dict(self.config)
         except Exception as error:  # noqa: BLE001  an untrusted file: transformers may fail on it anywhere
@@ -114,6 +115,8 @@ def read_attnres(source: str | Path, revision: str | None = None) -> Checkpoint:
     checkpoint = read_checkpoint(source, revision)
     if (model_type := checkpoint.config["model_type"]) != "attnres":
         raise ValueError(f"{checkpoint.folder} is not an AttnRes checkpoint: its `model_type` is {model_type!r}.")
+    if not hasattr(modeling_attnres, checkpoint.architecture):
+        raise ValueError(f"`architectures` of {checkpoint.folder} is not a class of ours: {checkpoint.architecture!r}.")
     return checkpoint
 
 
@@ -127,8 +130,10 @@ def read_adapter(source: str | Path, base: str | Path | None = None) -> tuple[Pa
     _check_files(folder)
     config = read_json(folder / ADAPTER_CONFIG)
     recorded = config.get("base_model_name_or_path") if isinstance(config, dict) else None
+    if not (base or recorded):
+        raise ValueError(f"{folder} does not name its base: give it (`base`, --base).")
     try:
-        return folder, read_attnres(base or recorded or "")
+        return folder, read_attnres(base or recorded)
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"The base of {folder} was not found: {error} Correct `base_model_name_or_path` ({recorded!r}) in its "
@@ -143,6 +148,13 @@ def read_checkpoint(source: str | Path, revision: str | None = None) -> Checkpoi
         raise ValueError(f"{folder} holds a PEFT adapter: merge it into its base first (`attnres merge`).")
     stamps = file_stamps(folder)
     _check_files(folder)
+    if not any(folder.glob("*.safetensors")) and any(folder.glob("*.gguf")):
+        raise ValueError(
+            f"{folder} holds its weights in a GGUF file: load it with `AutoModelForCausalLM.from_pretrained` and "
+            "`gguf_file`, and use what `save_pretrained` saves."
+        )
+    config = read_json(folder / CONFIG)
+    _check_config(config, folder / CONFIG)
     if (folder / SINGLE_SHARD).is_file():
         shards = {SINGLE_SHARD: read_header(folder / SINGLE_SHARD)}
     elif (folder / INDEX).is_file():
@@ -152,13 +164,10 @@ def read_checkpoint(source: str | Path, revision: str | None = None) -> Checkpoi
             if name not in shards[shard]:
                 raise ValueError(f"{folder / INDEX} places the tensor {name!r} in {shard}, which does not hold it.")
     else:
-        kind = "only a GGUF file" if any(folder.glob("*.gguf")) else f"no {SINGLE_SHARD} and no {INDEX}"
         raise FileNotFoundError(
-            f"{folder} has {kind}. Load weights of another format with `AutoModelForCausalLM.from_pretrained` (a GGUF "
-            "file with `gguf_file`), save them with `save_pretrained`, and use the saved checkpoint."
+            f"{folder} has no {SINGLE_SHARD} and no {INDEX}. If it has weights in another format, load them with "
+            "`AutoModelForCausalLM.from_pretrained`, and use what `save_pretrained` saves."
         )
-    config = read_json(folder / CONFIG)
-    _check_config(config, folder / CONFIG)
     checkpoint = Checkpoint(str(source), folder, config, shards, stamps)
     count = len(checkpoint.tensors)
     if sum(map(len, shards.values())) > count:
@@ -243,7 +252,9 @@ def _check_config(config: Any, path: Path) -> None:
         # transformers makes a name for each
         raise ValueError(f"`num_labels` of {path} is {labels}, but can be at most 100,000.")
     if (weights := config.get("transformers_weights")) is not None:
-        raise ValueError(f"`transformers_weights` of {path} is {weights!r}: rename that file to {SINGLE_SHARD}.")
+        raise ValueError(
+            f"`transformers_weights` of {path} is {weights!r}: rename it to {SINGLE_SHARD} and remove the field."
+        )
     for field, value in config.items():
         # transformers would download a kernel named `owner/name` from the Hub and run it
         if re.fullmatch("_?(attn|experts)_implementation(_internal)?", field) and "/" in str(value):

@@ -83,8 +83,9 @@ def summary(folder: Path) -> str:
     new = sum(sizes[name] for name in checkpoint.new_tensors)
     base = f"{config.base_model_type}, {config.num_hidden_layers} layers"
     share = f"{new:,} new parameters ({new / sum(sizes.values()):.2%})"
-    exact = "exact" if config.attn_res_scale == "sum" else "not exact (scale 'mean')"
-    return f"{base}, {sources_in_words(config)}, {share}, {exact}"
+    is_exact = config.attn_res_scale == "sum"
+    exact = "It computes the same as its base" if is_exact else "It differs from its base (scale 'mean')"
+    return f"{base}, {sources_in_words(config)}, {share}. {exact}"
 
 
 def code_files() -> list[Path]:

@@ -19,7 +19,7 @@ def test_there_and_back(tmp_path):
     retrofit = attnres("retrofit", base, tmp_path / "attnres", *options)
     assert retrofit.returncode == 0, retrofit.stderr
     assert "llama, 5 layers, block (3 blocks of 2 decoder layers), 640 new parameters" in retrofit.stdout
-    assert f", exact.\nNext: attnres verify {base} {tmp_path / 'attnres'}" in retrofit.stdout
+    assert f" It computes the same as its base.\nNext: attnres verify {base} {tmp_path / 'attnres'}" in retrofit.stdout
     config = json.loads((tmp_path / "attnres" / "config.json").read_text())
     assert config["attn_res_block_size"] == 2 and config["attn_res_norm_eps"] == 1e-5
 
@@ -40,7 +40,7 @@ def test_exits_with_1_and_one_line_where_something_is_wrong(tmp_path):
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "file").write_text("")
     mean = invoke_attnres("retrofit", base, tmp_path / "mean", "--scale", "mean")
-    assert "not exact (scale 'mean')" in mean.stdout and "verify" not in mean.stdout
+    assert "It differs from its base (scale 'mean')" in mean.stdout and "verify" not in mean.stdout
     for arguments, message in [
         (("retrofit", tmp_path / "nothing", tmp_path / "out"), "is not a local folder, not in the Hub cache"),
         (("retrofit", base, tmp_path / "taken"), "exists already and is not an empty folder"),

@@ -167,7 +167,7 @@ NOT_WHOLE = "truncated or not a safetensors file"
 INVALID = "config.json is not a valid configuration"
 SINGLE = {
     "weights: none": (remove("model*"), "has no model.safetensors.*save_pretrained"),
-    "weights: a GGUF": (only_a_gguf, "has only a GGUF file.*with `gguf_file`"),
+    "weights: a GGUF": (only_a_gguf, "holds its weights in a GGUF file.*`gguf_file`"),
     "weights: an adapter": (write("adapter_config.json", "{}"), "holds a PEFT adapter"),
     "weights: truncated": (truncate, NOT_WHOLE),
     "weights: strides that no number counts": (add_an_empty_tensor, "No model can be built"),

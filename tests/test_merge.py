@@ -66,6 +66,10 @@ def other_adapter(folder):
     get_peft_model(model, prefix).save_pretrained(folder / "adapter")
 
 
+def forget_the_depth_attention(folder):
+    edit_json(folder / "adapter" / "adapter_config.json", modules_to_save=None)
+
+
 def lose_a_tensor(folder):
     tensors = load_file(folder / "adapter" / "adapter_model.safetensors")
     tensors.pop(min(tensors))
@@ -82,6 +86,7 @@ def lose_a_tensor(folder):
         (config(quantization_config={"quant_method": "fp8"}), "attnres is quantized: use the base before"),
         (config(intermediate_size=64), "adapter cannot be loaded into .*attnres"),
         (other_adapter, "adapter cannot be merged"),
+        (forget_the_depth_attention, "adapter cannot be loaded into .*no place for its tensor '.*_res"),
         (lose_a_tensor, "adapter cannot be loaded into .*Found missing adapter keys"),
     ],
 )

@@ -63,7 +63,7 @@ def served(families: list[str], prompts: list[list[int]]) -> list[str]:
                 expected.append(greedy(own, prompts))
         results, log = run_jobs(jobs, Path(work), VLLM_ENABLE_V1_MULTIPROCESSING="0")
     print(log, file=sys.stderr)
-    cells = map(cell, results, expected)
+    cells = (cell(result, tokens) for result, tokens in zip(results, expected, strict=True))
     return [f"| `{family}` | {next(cells)} | {next(cells)} |" for family in families]
 
 
