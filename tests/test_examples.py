@@ -2,7 +2,6 @@
 
 import copy
 import json
-import re
 import shutil
 from importlib.metadata import version
 from types import SimpleNamespace
