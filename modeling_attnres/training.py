@@ -83,9 +83,8 @@ def attn_res_parameter_groups(
 
 
 def warn_of_half_precision(parameters: Iterable[nn.Parameter]) -> None:
-    # DeepSpeed ZeRO-3 trains float32 copies of the parameters
-    dtypes = {parameter.dtype for parameter in parameters if not hasattr(parameter, "ds_shape")}
-    if dtypes := {dtype for dtype in dtypes if dtype.itemsize < 4}:
+    # DeepSpeed ZeRO-3 (`ds_shape`) trains float32 copies
+    if dtypes := {p.dtype for p in parameters if p.dtype.itemsize < 4 and not hasattr(p, "ds_shape")}:
         warnings.warn(
             f"Queries and key norms are {dtypes.pop()}, in which rounding loses small updates. Load the model by "
             "`from_pretrained`, which keeps them in float32, and use autocast (`bf16=True`) instead of a cast.",
