@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from modeling_attnres.probing import depth_attentions, depth_sources, masked_sources, recorded_weights
 
 from .merge import load_adapter
-from .reading import ADAPTER_CONFIG, find_checkpoint, read_adapter, read_attnres
+from .reading import ADAPTER_CONFIG, find_checkpoint, read_adapter, read_attnres, refused
 
 
 TEXT = """The river comes down from the hills in spring, when the snow melts, and for some weeks the lower fields stand
@@ -145,15 +145,14 @@ def inspect_checkpoint(
     with_tokenizer = [path for path in (folder, source.folder) if any(path.glob("token*"))]
     if not with_tokenizer:
         raise ValueError(f"{folder} has no tokenizer: save one into it (`tokenizer.save_pretrained`).")
-    try:
+    with refused(f"The tokenizer of {with_tokenizer[0]} cannot be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(with_tokenizer[0], trust_remote_code=False)
-        if is_adapter:
-            model = load_adapter(folder, source, torch.float32)
-        else:
+    if is_adapter:
+        model = load_adapter(folder, source, torch.float32)
+    else:
+        with refused(f"{folder} cannot be loaded"):
             # Never a pickle, even if one is in the folder
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
-    except Exception as error:  # noqa: BLE001  untrusted files: transformers may fail on them anywhere
-        raise ValueError(f"{folder} cannot be loaded: {error}") from error
     name = Path(checkpoint).resolve().name if Path(checkpoint).is_dir() else str(checkpoint)
     return inspect_model(model, tokenizer, text, ablate, max_tokens, name)
 
@@ -173,7 +172,7 @@ def inspect_model(
     if input_ids.shape[1] < 2:
         raise ValueError(f"The text has {input_ids.shape[1]} tokens, but a loss needs at least 2.")
     if (token := input_ids.max().item()) >= (count := model.get_input_embeddings().weight.shape[0]):
-        raise ValueError(f"The tokenizer of {name} makes token {token}, but the model has {count}.")
+        raise ValueError(f"The tokenizer of {name} makes token {token}, but the model has {count} tokens.")
     is_training = model.training
     model.eval()
     with recorded_weights(model) as recorded:

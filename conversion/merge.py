@@ -10,7 +10,17 @@ from transformers import AutoTokenizer, PreTrainedModel
 import modeling_attnres
 
 from .model_card import card
-from .reading import ADAPTER, CARD, KEPT, TOKENIZER_CONFIG, Checkpoint, other_files, read_adapter, read_header
+from .reading import (
+    ADAPTER,
+    CARD,
+    KEPT,
+    TOKENIZER_CONFIG,
+    Checkpoint,
+    other_files,
+    read_adapter,
+    read_header,
+    refused,
+)
 from .writing import new_folder, place_files
 
 
@@ -33,10 +43,9 @@ def merge(adapter: str | Path, output: str | Path, *, base: str | Path | None = 
     if source.config.get("quantization_config") is not None:
         raise ValueError(f"{source.folder} is quantized: use the base before its quantization (`base`, --base).")
     model = load_adapter(folder, source, "auto")
-    try:
+    # Some of PEFT's methods have no merge
+    with refused(f"{folder} cannot be merged into {source.folder}"):
         model = model.merge_and_unload()
-    except Exception as error:  # noqa: BLE001  some of PEFT's methods have no merge
-        raise ValueError(f"{folder} cannot be merged into {source.folder}: {error}") from error
     files = {file: source.folder / file for file in other_files(source.folder) if file.parts[0] != KEPT}
     files |= {file: folder / file for file in other_files(folder) if str(file) != CARD}
 
@@ -50,7 +59,7 @@ def merge(adapter: str | Path, output: str | Path, *, base: str | Path | None = 
 def load_adapter(folder: Path, source: Checkpoint, dtype: torch.dtype | str) -> PreTrainedModel:
     from peft import PeftModel, get_peft_model_state_dict
 
-    try:
+    with refused(f"{folder} cannot be loaded into {source.folder}"):
         # Never a pickle, even if one is in the folder
         model_class = getattr(modeling_attnres, source.architecture)
         model = model_class.from_pretrained(source.folder, dtype=dtype, use_safetensors=True)
@@ -67,5 +76,3 @@ def load_adapter(folder: Path, source: Checkpoint, dtype: torch.dtype | str) -> 
         if surplus := sorted(read_header(folder / ADAPTER).keys() - expected.keys()):
             raise ValueError(f"the model has no place for its tensor {surplus[0]!r}")
         return model
-    except Exception as error:  # noqa: BLE001  untrusted files: transformers and PEFT may fail on them anywhere
-        raise ValueError(f"{folder} cannot be loaded into {source.folder}: {error}") from error

@@ -15,7 +15,7 @@ import modeling_attnres
 from modeling_attnres import AttnResConfig
 from modeling_attnres.configuration_attnres import ATTN_RES_FIELDS
 
-from .reading import ADAPTER_CONFIG, CARD, Checkpoint, find_checkpoint, read_adapter, read_attnres
+from .reading import ADAPTER_CONFIG, CARD, Checkpoint, find_checkpoint, read_adapter, read_attnres, refused
 
 
 # The card in a folder does not know the name of its repository yet; `push` does
@@ -61,10 +61,8 @@ def card(folder: str | Path, base: str | Path | None = None) -> Path:
 
 
 def _load(path: Path, **options: bool) -> ModelCard:
-    try:
+    with refused(f"The metadata of {path} cannot be read"):
         return ModelCard.load(path, **options) if path.is_file() else ModelCard("---\n\n---\n")
-    except Exception as error:  # noqa: BLE001  the YAML parser's own errors, and others
-        raise ValueError(f"The metadata of {path} cannot be read: {error}") from error
 
 
 def model_card(source: Checkpoint, config: AttnResConfig, architecture: str) -> str:

@@ -8,6 +8,7 @@ import json
 import os
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -85,6 +86,15 @@ class Checkpoint:
         return read_json(path) if path.is_file() else {}
 
 
+@contextmanager
+def refused(message: str) -> Iterator[None]:
+    """Any error in the `with` statement becomes a `ValueError`: libraries may fail on untrusted files in any way."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"{message}: {error}") from error
+
+
 def other_files(folder: Path) -> list[Path]:
     """The files beside configuration, index and weights (tokenizer, license, …), relative to the folder."""
     files = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
@@ -116,7 +126,7 @@ def read_attnres(source: str | Path, revision: str | None = None) -> Checkpoint:
     if (model_type := checkpoint.config["model_type"]) != "attnres":
         raise ValueError(f"{checkpoint.folder} is not an AttnRes checkpoint: its `model_type` is {model_type!r}.")
     if not hasattr(modeling_attnres, checkpoint.architecture):
-        raise ValueError(f"`architectures` of {checkpoint.folder} is not a class of ours: {checkpoint.architecture!r}.")
+        raise ValueError(f"`architectures` of {checkpoint.folder} names no AttnRes class: {checkpoint.architecture!r}.")
     return checkpoint
 
 
@@ -253,7 +263,7 @@ def _check_config(config: Any, path: Path) -> None:
         raise ValueError(f"`num_labels` of {path} is {labels}, but can be at most 100,000.")
     if (weights := config.get("transformers_weights")) is not None:
         raise ValueError(
-            f"`transformers_weights` of {path} is {weights!r}: rename it to {SINGLE_SHARD} and remove the field."
+            f"`transformers_weights` of {path} is {weights!r}: rename that file to {SINGLE_SHARD} and remove the field."
         )
     for field, value in config.items():
         # transformers would download a kernel named `owner/name` from the Hub and run it

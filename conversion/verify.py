@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-from .reading import NEW_TENSOR, TOKENIZER_CONFIG, Checkpoint, read_attnres, read_checkpoint
+from .reading import NEW_TENSOR, TOKENIZER_CONFIG, Checkpoint, read_attnres, read_checkpoint, refused
 from .revert import trained_queries
 
 
@@ -102,10 +102,8 @@ def _compare_tokenizers(base: Checkpoint, attnres: Checkpoint) -> None:
         warnings.warn(f"The tokenizer of {base.folder} cannot be loaded and was not compared: {error}", stacklevel=3)
         return
     expected = tokenizer(TEXT).input_ids
-    try:
+    with refused(f"The tokenizer of {attnres.folder} cannot be loaded"):
         actual = AutoTokenizer.from_pretrained(attnres.folder, trust_remote_code=False)(TEXT).input_ids
-    except Exception as error:  # noqa: BLE001  untrusted files: transformers may fail on them anywhere
-        raise ValueError(f"The tokenizer of {attnres.folder} cannot be loaded: {error}") from error
     if actual != expected:
         raise ValueError(
             f"The tokenizer of {attnres.folder} makes {actual[:8]}… of {TEXT!r}, but the base's {expected[:8]}…: copy "

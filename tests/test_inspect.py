@@ -342,16 +342,18 @@ def test_dark_mode(page):
     """Light on dark where the system asks for it."""
     from selenium.webdriver.common.by import By
 
-    for scheme, is_dark in (("dark", True), ("light", False)):
-        media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
-        page.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
-        for header in page.find_elements(By.TAG_NAME, "th"):
-            text, ground = (
-                sum(map(int, re.findall(r"\d+", header.value_of_css_property(name))[:3]))
-                for name in ("color", "background-color")
-            )
-            assert (text > ground) == is_dark and abs(text - ground) > 600
-    page.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+    try:
+        for scheme, is_dark in (("dark", True), ("light", False)):
+            media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+            page.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
+            for header in page.find_elements(By.TAG_NAME, "th"):
+                text, ground = (
+                    sum(map(int, re.findall(r"\d+", header.value_of_css_property(name))[:3]))
+                    for name in ("color", "background-color")
+                )
+                assert (text > ground) == is_dark and abs(text - ground) > 600
+    finally:
+        page.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
 
 
 @in_a_browser
