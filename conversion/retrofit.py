@@ -44,6 +44,7 @@ def retrofit(
         `FileExistsError`: the output exists already and is not an empty folder.
         `ValueError`: an unsupported base, an impossible value, a damaged file, weights that are missing or do not fit.
         `ImportError`: the base's tokenizer needs a package that is not installed.
+        `TypeError`: an unknown `attn_res_*` field.
     """
     source = read_checkpoint(base, revision)
     config = _attnres_config(source, attn_res)
@@ -102,7 +103,7 @@ def _attnres_config(source: Checkpoint, attn_res: dict[str, Any]) -> AttnResConf
         raise ValueError(f"{source.folder} is an AttnRes checkpoint already: its `model_type` is 'attnres'.")
     if (taken := source.folder / KEPT).exists():
         raise ValueError(f"Rename {taken}: a retrofit keeps the base's own files in a folder of this name.")
-    # First without the options, so that an error blames config.json only if the error is in it
+    # The configuration without the options comes first: its errors come from config.json
     width = source.attnres_config.hidden_size
     attn_res = {name: value for name, value in attn_res.items() if value is not None}
     try:
@@ -142,15 +143,15 @@ def _config_json(source: Checkpoint, config: AttnResConfig) -> dict[str, Any]:
 def _new_tensors(source: Checkpoint, config: AttnResConfig, architecture: str) -> dict[str, torch.Tensor]:
     """
     The tensors that a retrofit adds to its base. transformers loads the base's tensors, without values, into a model on
-    the meta device: it knows the layout of each family's experts on the disk, and reports missing tensors and wrong
-    shapes. The packed weights of a quantized base are not checked here, but by `verify`.
+    the meta device. transformers knows the layout of each family's experts on the disk, and reports missing tensors and
+    wrong shapes. The packed weights of a quantized base are not checked here, but by `verify`.
     """
     if taken := sorted(source.new_tensors):
         raise ValueError(f"{source.folder} has a tensor {taken[0]!r}, the name of one that a retrofit adds: rename it.")
     is_packed = source.config.get("quantization_config") is not None
     model_class = getattr(modeling_attnres, architecture)
     verbosity, progress_bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    # Otherwise it reports the queries that are not there yet
+    # Otherwise transformers reports the new tensors as missing
     logging.set_verbosity(logging.CRITICAL)
     logging.disable_progress_bar()
     try:
@@ -180,7 +181,7 @@ def _new_tensors(source: Checkpoint, config: AttnResConfig, architecture: str) -
         )
     if missing := sorted(name for name in problems["missing_keys"] if not NEW_TENSOR.search(name)):
         raise ValueError(f"{source.folder} has no tensor {missing[0]!r}, which {CONFIG} requires: the two do not fit.")
-    # transformers also loads a model with a head from the names of its bare decoder
+    # transformers also loads a model with a head if the tensors' names lack the prefix `model.`
     prefix = "" if any(name.startswith("model.") for name in source.tensors) else "model."
     return {
         name.removeprefix(prefix): torch.full(parameter.shape, float(name.endswith("key_norm")))

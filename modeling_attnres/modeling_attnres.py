@@ -3,9 +3,9 @@
 AttnRes models: Transformers models whose residual connections are replaced by Attention Residuals.
 
 The forward passes are those of the base model. Head, decoder and decoder layer are subclasses of the base's classes,
-made when a model is built. Two things differ: decoder layers run on a [`ResidualStream`] in place of `hidden_states`,
-whose `+` keeps the sublayers' outputs apart, and a submodule that is called with the stream receives the output of a
-depth attention over them.
+made when a model is built. Two things differ. Decoder layers receive a [`ResidualStream`] in place of `hidden_states`.
+Its `+` keeps the outputs of the sublayers apart. A submodule that is called with the stream receives the output of a
+depth attention over these outputs.
 """
 
 import inspect
@@ -81,7 +81,8 @@ def new_over(cls: type, base_class: type) -> nn.Module:
 class AttnResDecoderLayer(OverBase, GradientCheckpointingLayer):
     r"""
     The base's decoder layer, run on a [`ResidualStream`]. It adds the depth attentions `self_attention_res` and
-    `mlp_res` (the first and second read of the layer) and, in the last layer, `output_res`, which feeds the final norm.
+    `mlp_res` (the first and second read of the layer; `READ_NAMES` has more) and, in the last layer, `output_res`,
+    which feeds the final norm.
 
     Between layers the decoder carries the stream. Hooks, gradient checkpointing and `forward` see its sources as
     positional tensors.
@@ -273,8 +274,8 @@ class AttnResForCausalLM(AttnResOverBase, GenerationMixin):
     @classmethod
     def from_base(cls, base: PreTrainedModel, **attn_res) -> "AttnResForCausalLM":
         r"""
-        Creates an AttnRes model from a loaded base model. Its weights are shared, not copied. The base is not usable
-        afterwards.
+        Creates an AttnRes model from a loaded base model, whose weights it takes over without a copy. The base is not
+        usable afterwards.
 
         Args:
             base ([`PreTrainedModel`]): a causal language model.
@@ -303,7 +304,7 @@ class AttnResForCausalLM(AttnResOverBase, GenerationMixin):
                 module.config = config
             # The weights are loaded, and must not be initialized again
             module._is_hf_initialized = True
-            # Recorders of hidden states that were installed for the base's layers
+            # Remove the recorders of hidden states that were installed for the base's layers
             vars(module).pop("_output_capturing_hooks_installed", None)
             for key, hook in list(module._forward_hooks.items()):
                 if hook.__module__ == OutputRecorder.__module__:

@@ -150,7 +150,7 @@ class SymbolTracer(fx.proxy.GraphAppendingTracer):
         return self.proxy(self.graph.placeholder("symbol"))
 
     def to_bool(self, obj: fx.Proxy) -> bool:
-        # The result of a comparison of symbols: shapes and dtypes do not differ
+        # `__add__` of the stream compares shapes and dtypes by `!=`. They do not differ
         return False
 
 
