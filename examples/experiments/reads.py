@@ -1,4 +1,4 @@
-"""Reads with more to say, as an experiment: an input-dependent query, and a separate read for the values of attention.
+"""Other reads, as an experiment: an input-dependent query, and a separate read for the values of attention.
 
 Both are exact at step 0: the input-dependent part is zero, and the separate read has the same zero query.
 """
