@@ -104,10 +104,10 @@ class Inspection:
             for i, count in enumerate(self.counts.tolist()):
                 changes, unevenness = self.mean_factors[i, :count] - 1, 1 - self.entropies[i].double().mean()
                 j = changes.abs().argmax().item()
-                change = f"{self.sources[j]:20} {100 * changes[j]:+.2g}%"
+                change = f"{self.sources[j]:20} {100 * changes[j]:+.3g}%"
                 lines.append(f"{self.sublayers[i]:20} {self.query_norms[i]:.1e}  {unevenness:<11.1e}  {change}")
         else:
-            lines[0] += " All queries are zero, as after a retrofit: all sources have equal weights."
+            lines[0] += " All queries are zero: equal weights."
         if self.loss_changes is not None:
             lines.append("\nChange in loss without one source in one sublayer, largest first:")
             lines.append(f"{'sublayer':20} {'without':20} mean weight  change in loss")

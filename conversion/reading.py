@@ -155,7 +155,8 @@ def read_checkpoint(source: str | Path, revision: str | None = None) -> Checkpoi
     """Reads config.json and the header of every shard, and checks that each shard is complete."""
     folder = find_checkpoint(source, revision)
     if (folder / ADAPTER_CONFIG).exists():
-        raise ValueError(f"{folder} holds a PEFT adapter: merge it into its base first (`attnres merge`).")
+        how = "with `attnres merge`, or PEFT's `merge_and_unload` if the base has no depth attention"
+        raise ValueError(f"{folder} holds a PEFT adapter: merge it into its base first, {how}.")
     stamps = file_stamps(folder)
     _check_files(folder)
     if not any(folder.glob("*.safetensors")) and any(folder.glob("*.gguf")):

@@ -33,11 +33,10 @@ def answer(model, tokenizer) -> str:
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, help="folder for the checkpoints (default: a temporary folder)")
-    parser.add_argument("--files", nargs="+", help="text files to train on (default: Python's library)")
     parser.add_argument("--steps", type=int, default=8)
     args = parser.parse_args()
     folder = args.folder or Path(tempfile.mkdtemp(prefix="attnres-"))
-    files = args.files or sorted(map(str, Path(sysconfig.get_path("stdlib")).glob("*.py")))[:40]
+    files = sorted(map(str, Path(sysconfig.get_path("stdlib")).glob("*.py")))[:40]
     disable_progress_bar()
     disable_progress_bars()
 

@@ -4,7 +4,8 @@
 import transformers
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 
-from .configuration_attnres import AttnResConfig
+from . import modeling_attnres
+from .configuration_attnres import AUTO_MAP, AttnResConfig
 from .depth_attention import DepthAttention
 from .modeling_attnres import (
     AttnResForCausalLM,
@@ -18,14 +19,9 @@ from .training import ATTN_RES_MODULES, attn_res_parameter_groups, with_base_tar
 
 
 transformers.AutoConfig.register("attnres", AttnResConfig)
-for model_class in (
-    AttnResModel,
-    AttnResForCausalLM,
-    AttnResForQuestionAnswering,
-    AttnResForSequenceClassification,
-    AttnResForTokenClassification,
-):
-    getattr(transformers, model_class._auto_class).register(AttnResConfig, model_class)
+for auto_class, path in AUTO_MAP.items():
+    if auto_class != "AutoConfig":
+        getattr(transformers, auto_class).register(AttnResConfig, getattr(modeling_attnres, path.split(".")[1]))
 
 # PEFT converts adapters of transformers 4 only for a `model_type` that is registered. The mapping of each base is
 # registered with its decoder

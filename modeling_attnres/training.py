@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from .modeling_attnres import READ_NAMES
 
@@ -20,8 +20,7 @@ if TYPE_CHECKING:
 # The names of the depth attention modules, which PEFT trains in full as `modules_to_save`
 ATTN_RES_MODULES = [*READ_NAMES, "output_res"]
 
-# The max change of the logits of a depth attention in one step. For SmolLM2, 0.4 is best if only the queries are
-# trained, and 1.3 ruins the model (examples/experiments/README.md)
+# The max change of the logits in one step. For SmolLM2, 0.4 is best if queries are trained alone; 1.3 ruins the model
 MAX_LOGIT_STEP = 0.5
 
 
@@ -103,19 +102,22 @@ def with_base_targets(model: PreTrainedModel, peft_config: "PeftConfig") -> "Pef
         peft_config (`PeftConfig`): for instance a `LoraConfig`. `target_modules` can be `None`.
 
     Raises:
-        `ValueError`: PEFT has no default targets for the base either, or the method injects no modules (prompts).
+        `ValueError`: PEFT has no default targets for the base, or needs its weights to select them (FRoD, AdaMSS).
 
     ```python
     >>> config = LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", modules_to_save=ATTN_RES_MODULES)
     >>> model = get_peft_model(model, with_base_targets(model, config))
     ```"""
-    from peft import inject_adapter_in_model
+    from peft import get_peft_model
 
-    peft_config = deepcopy(peft_config)
-    modules_to_save, peft_config.modules_to_save = getattr(peft_config, "modules_to_save", None), None
-    base_config = model.config._base_view()
+    of_base = deepcopy(peft_config)
+    of_base.modules_to_save = None
     with torch.device("meta"):
-        base = MODEL_FOR_CAUSAL_LM_MAPPING[type(base_config)](base_config)
-    inject_adapter_in_model(peft_config, base, low_cpu_mem_usage=True)
-    peft_config.modules_to_save = modules_to_save
-    return peft_config
+        base = AutoModelForCausalLM.from_config(model.config._base_view())
+    try:
+        get_peft_model(base, of_base, low_cpu_mem_usage=True)
+    except NotImplementedError as error:  # the base has no weights here
+        raise ValueError(f"Set `target_modules` of the {type(peft_config).__name__}: {error}") from error
+    of_base.modules_to_save = getattr(peft_config, "modules_to_save", None)
+    of_base.base_model_name_or_path = peft_config.base_model_name_or_path
+    return of_base

@@ -55,6 +55,8 @@ def package_files(requirements: Path) -> tuple[list[Path], list[Path]]:
 
 def cut(files: list[str | Path], tokenizer: PreTrainedTokenizerBase, length: int) -> np.ndarray:
     """Text files as blocks of `length` tokens, with an end-of-text token after each file."""
+    if chats := [str(file) for file in files if str(file).endswith((".json", ".jsonl"))]:
+        raise ValueError(f"{chats[0]} is not a text file: train on it with `continue_training.py`.")
     end_of_text = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     streams = [np.empty(0, dtype=np.int32)]
     for file in tqdm(files, desc="Tokenizing", delay=1):
