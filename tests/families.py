@@ -3,13 +3,22 @@ The tested model types. `FAMILIES` get every test of test_families.py, with the 
 with another name. `OTHERS` are compared with their base.
 """
 
+TINY = {
+    "vocab_size": 99,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    # Longest generation for every prompt
+    "eos_token_id": None,
+}
 LLAMA3_ROPE = {
-    "rope_type": "llama3",
-    "rope_theta": 500000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
+    **{"rope_type": "llama3", "rope_theta": 500000.0, "original_max_position_embeddings": 64},
+    **{"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
 }
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
 # DeepSeek's router picks groups of experts, then experts; the first layer is dense
@@ -68,38 +77,19 @@ kolibri1 laguna lfm2 lfm3 llama4_text mellum mimo_v2_flash minimax_m2 minimax_m3
 modernbert-decoder moshi nanochat olmo3 persimmon phi phimoe stablelm vaultgemma xglm
 """.split()
 OTHER_FIELDS = {
-    "vocab_size": 99,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": None,
-    "moe_intermediate_size": 32,
-    "num_experts": 4,
-    "num_local_experts": 4,
-    "n_routed_experts": 4,
-    "num_experts_per_tok": 2,
-    "n_group": 1,
-    "topk_group": 1,
-    "first_k_dense_replace": 1,
-    "moe_num_experts": 4,
-    "shared_expert_intermediate_size": 32,
-    "sliding_window": 8,
-    "moe_k": 2,
-    "n_shared_experts": 1,
+    **TINY,
+    **{"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "max_position_embeddings": 64},
+    **{"head_dim": 16, "sliding_window": 8, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32},
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
+    **dict.fromkeys(("num_experts_per_tok", "moe_k"), 2),
+    **dict.fromkeys(("n_group", "topk_group", "n_shared_experts", "first_k_dense_replace"), 1),
 }
 
 
 def other_fields(defaults: dict) -> dict:
     """The fields of `OTHER_FIELDS` that a configuration has, and layer types that all occur in four layers."""
-    fields = {name: value for name, value in OTHER_FIELDS.items() if name in defaults}
-    fields |= {name: OTHER_FIELDS[name] for name in ("vocab_size", "hidden_size", "num_hidden_layers")}
-    fields["num_attention_heads"] = OTHER_FIELDS["num_attention_heads"]
+    everywhere = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+    fields = {name: value for name, value in OTHER_FIELDS.items() if name in defaults or name in everywhere}
     for name in ("layer_types", "mlp_layer_types"):
         if isinstance(defaults.get(name), list):
             kinds = list(dict.fromkeys(defaults[name]))

@@ -14,6 +14,7 @@ from unittest.mock import patch
 import families
 import pytest
 import torch
+from families import TINY
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
@@ -24,19 +25,6 @@ from modeling_attnres import AttnResConfig, DepthAttention
 from modeling_attnres.conversion import retrofit, revert, verify
 
 
-TINY = {
-    "vocab_size": 99,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 5,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    # Longest generation for every prompt
-    "eos_token_id": None,
-}
 # An older transformers lacks the newest
 OTHERS = [family for family in families.OTHERS if family in CONFIG_MAPPING]
 FAMILIES = {family: fields for family, fields in families.FAMILIES.items() if family in CONFIG_MAPPING}
@@ -60,13 +48,13 @@ def tiny_base_config(base_model_type, **fields):
     return config_class(**{**TINY, **FAMILIES[base_model_type], **fields})
 
 
-def tiny_base(base_model_type, **fields):
+def tiny_base(base_model_type, auto_class=AutoModelForCausalLM, **fields):
     """
     A base with random weights, norms too: an untrained norm hides a missing one. Routers are decided, or a difference
     in rounding would send a token to another expert.
     """
     torch.manual_seed(0)
-    base = AutoModelForCausalLM.from_config(tiny_base_config(base_model_type, **fields)).eval()
+    base = auto_class.from_config(tiny_base_config(base_model_type, **fields)).eval()
     with torch.no_grad():
         for name, parameter in base.named_parameters():
             scale = 0.3 if "norm" in name else 0.5 if name.endswith((".gate.weight", ".router.weight")) else 0.1
@@ -99,11 +87,49 @@ def trained(base, **attn_res):
     return randomize_depth_attention(attnres_of(base, **attn_res))
 
 
-def greedy(model):
-    return model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=10, do_sample=False)
+def greedy(model, prompts, max_new_tokens):
+    """The tokens that follow each prompt."""
+    options = {"max_new_tokens": max_new_tokens, "min_new_tokens": max_new_tokens, "do_sample": False}
+    return [model.generate(torch.tensor([p]), **options)[0, len(p) :].tolist() for p in prompts]
+
+
+def answer(model, tokenizer, question, max_new_tokens, **options):
+    """The greedy answer to a question in a chat."""
+    messages = [{"role": "user", "content": question}]
+    template = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}
+    inputs = tokenizer.apply_chat_template(messages, **template)
+    tokens = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, **options)
+    return tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def logits(model, tokens):
+    with torch.no_grad():
+        return model(**tokens).logits
+
+
+def train(model, tokens, steps=3, learning_rate=3e-2):
+    """Trains by AdamW on one batch. Returns the losses."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=learning_rate)
+    model.train()
+    losses = []
+    for _ in range(steps):
+        loss = model(**tokens, labels=tokens["input_ids"]).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    model.eval()
+    return losses
 
 
 # Checkpoints
+
+
+def save(folder, *parts):
+    """Saves models and tokenizers in one folder, and returns it."""
+    for part in parts:
+        part.save_pretrained(folder)
+    return folder
 
 
 def save_word_tokenizer(folder, words, **fields):

@@ -2,17 +2,7 @@
 
 import pytest
 import torch
-from helpers import (
-    BLOCK,
-    INPUT_IDS,
-    TINY,
-    attnres_of,
-    run_isolated,
-    tensor_hashes,
-    there_and_back,
-    tiny_base,
-    tiny_base_config,
-)
+from helpers import BLOCK, INPUT_IDS, TINY, attnres_of, run_isolated, tensor_hashes, there_and_back, tiny_base
 from transformers import (
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
@@ -23,27 +13,23 @@ from modeling_attnres import AttnResConfig
 from modeling_attnres.conversion import revert
 
 
+# The Auto class of each head, and labels for the three rows of `tokens`
 HEADS = {
     "ForSequenceClassification": AutoModelForSequenceClassification,
     "ForTokenClassification": AutoModelForTokenClassification,
     "ForQuestionAnswering": AutoModelForQuestionAnswering,
 }
-each_head = pytest.mark.parametrize("head", HEADS)
+LABELS = {
+    "ForSequenceClassification": {"labels": torch.tensor([0, 2, 1])},
+    "ForTokenClassification": {"labels": torch.arange(3 * 17).view(3, 17) % 3},
+    "ForQuestionAnswering": {"start_positions": torch.tensor([12] * 3), "end_positions": torch.tensor([14] * 3)},
+}
 
 
-def base_with_head(head, family="llama"):
-    torch.manual_seed(0)
-    base = HEADS[head].from_config(tiny_base_config(family, num_labels=3)).eval()
-    with torch.no_grad():
-        for parameter in base.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.1)
-    return base
-
-
-@each_head
+@pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
 def test_outputs_and_gradients_are_the_base_s(head, family, tokens):
-    base = base_with_head(head, family)
+    base = tiny_base(family, HEADS[head], num_labels=3)
     model = HEADS[head].from_config(AttnResConfig.from_base_config(base.config, **BLOCK)).eval()
     assert type(model).__name__ == f"AttnRes{head}"
     # The base's question answering calls its decoder `transformer`
@@ -51,29 +37,20 @@ def test_outputs_and_gradients_are_the_base_s(head, family, tokens):
     missing, unexpected = model.load_state_dict(weights, strict=False)
     assert not unexpected and all(name.endswith((".query", ".key_norm")) for name in missing)
 
-    labels = {
-        "ForSequenceClassification": {"labels": torch.tensor([0, 2, 1])},
-        "ForTokenClassification": {"labels": tokens["input_ids"] % 3},
-        "ForQuestionAnswering": {"start_positions": torch.tensor([12] * 3), "end_positions": torch.tensor([14] * 3)},
-    }[head]
-    expected, actual = base(**tokens, **labels), model(**tokens, **labels)
+    expected, actual = (each(**tokens, **LABELS[head]) for each in (base, model))
     torch.testing.assert_close(actual.loss, expected.loss, rtol=0, atol=1e-5)
-    real = tokens["attention_mask"].bool()
+    rows = slice(None) if head == "ForSequenceClassification" else tokens["attention_mask"].bool()
     for name in expected.keys() & {"logits", "start_logits", "end_logits"}:
-        rows = slice(None) if head == "ForSequenceClassification" else real
         torch.testing.assert_close(actual[name][rows], expected[name][rows], rtol=0, atol=1e-5)
     actual.loss.backward()
     assert all(layer.mlp_res.query.grad.norm() > 0 for layer in model.model.layers)
 
 
 @pytest.mark.parametrize("head", ["ForSequenceClassification", "ForTokenClassification"])
-def test_classifiers_can_be_retrofitted_and_loaded_without_the_package(head, tmp_path, tokens):
-    base = base_with_head(head)
+def test_classifiers_can_be_retrofitted_and_loaded_without_the_package(head, tmp_path):
+    base = tiny_base("llama", HEADS[head], num_labels=3)
     base.save_pretrained(tmp_path / "base")
     output = there_and_back(tmp_path / "base", tmp_path, **BLOCK)
-    model = HEADS[head].from_pretrained(output)
-    assert type(model).__name__ == f"AttnRes{head}" and model.config.num_labels == 3
-
     script = f"""
 from transformers import AutoModel{head}
 model = AutoModel{head}.from_pretrained(name, trust_remote_code=True)
@@ -86,6 +63,8 @@ with torch.no_grad():
         expected = base(INPUT_IDS).logits
     torch.testing.assert_close(result["logits"], expected, rtol=0, atol=1e-5)
 
+    model = HEADS[head].from_pretrained(output)
+    assert type(model).__name__ == f"AttnRes{head}" and model.config.num_labels == 3
     model.save_pretrained(tmp_path / "saved")
     revert(tmp_path / "saved", tmp_path / "of saved")
     assert tensor_hashes(tmp_path / "of saved") == tensor_hashes(tmp_path / "base")
