@@ -42,30 +42,27 @@ def assert_gradients_are_the_formulas(output, tensors, scale, tolerance=1e-5):
     for gradient, tensor, expected in zip(ours, tensors, exact):
         assert gradient.dtype == tensor.dtype
         rounding = torch.finfo(tensor.dtype).eps / 2 * expected.abs()
-        assert ((gradient.double() - expected).abs() <= rounding + tolerance * expected.abs().max()).all()
+        # The gradient of a query with a single source is zero
+        largest = expected.abs().max().clamp(min=1e-3)
+        assert ((gradient.double() - expected).abs() <= rounding + tolerance * largest).all()
 
 
-@both_scales
 @pytest.mark.parametrize("num_sources", [1, 2, 5])
-@each_implementation
-def test_values_and_gradients_are_those_of_fla(num_sources, scale, attend):
-    ours, theirs = inputs(num_sources), inputs(num_sources)
-    output = attend(ours[0], ours[1], tuple(ours[2:]), scale, EPS)
-    expected = naive_attnres(theirs[0], theirs[2:], theirs[1], rms_eps=EPS) * (num_sources if scale == "sum" else 1)
-    torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
+def test_values_and_gradients_of_the_formula_are_those_of_fla(num_sources):
+    tensors = inputs(num_sources)
+    output = naive_attnres(tensors[0], tensors[2:], tensors[1], rms_eps=EPS)
+    torch.testing.assert_close(output.double(), formula(*tensors, scale="mean"), rtol=1e-5, atol=1e-5)
+    assert_gradients_are_the_formulas(output, tensors, "mean")
 
-    direction = torch.randn(output.shape, generator=torch.Generator().manual_seed(1))
-    gradients = (torch.autograd.grad(*pair, direction) for pair in ((output, ours), (expected, theirs)))
-    for gradient, exact in zip(*gradients):
-        size = exact.abs().max().clamp(min=1e-3)
-        torch.testing.assert_close(gradient / size, exact / size, rtol=1e-4, atol=1e-5)
+
+SOURCES = [(1, torch.float32), (2, torch.float32), (5, torch.float32), (4, torch.bfloat16), (4, torch.float16)]
 
 
 @both_scales
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("num_sources, dtype", SOURCES)
 @each_implementation
-def test_values_and_gradients_are_rounded_once_at_the_end(dtype, scale, attend):
-    tensors = inputs(4, dtype)
+def test_values_and_gradients_are_the_formula_s_rounded_once(num_sources, dtype, scale, attend):
+    tensors = inputs(num_sources, dtype)
     output = attend(tensors[0], tensors[1], tuple(tensors[2:]), scale, EPS)
     exact = formula(*tensors, scale=scale)
     assert output.dtype == dtype
@@ -119,21 +116,17 @@ def forward_mode_twice(loss, tensors):
     return torch.func.jvp(first, (query,), (query,))[1]
 
 
-def as_tuple(tensors):
-    return (tensors,) if isinstance(tensors, torch.Tensor) else tuple(tensors)
+WAYS = [
+    second_derivatives_by_backward_of_some_inputs,
+    second_derivatives_by_functional_gradients,
+    gradients_of_each_example,
+    gradients_for_each_query,
+    forward_mode_twice,
+]
 
 
 @pytest.mark.parametrize("tokens", [2, 2800], ids=["few tokens", "many tokens"])
-@pytest.mark.parametrize(
-    "derivatives",
-    [
-        second_derivatives_by_backward_of_some_inputs,
-        second_derivatives_by_functional_gradients,
-        gradients_of_each_example,
-        gradients_for_each_query,
-        forward_mode_twice,
-    ],
-)
+@pytest.mark.parametrize("derivatives", WAYS)
 def test_derivatives_of_every_order_and_mode_are_right_at_every_size(derivatives, tokens):
     tensors = [tensor.detach() for tensor in inputs(3, torch.float64, shape=(tokens, 64))]
     module = DepthAttention(AttnResConfig(hidden_size=64)).double()
@@ -144,8 +137,7 @@ def test_derivatives_of_every_order_and_mode_are_right_at_every_size(derivatives
 
     ours = derivatives(loss, tensors)
     expected = derivatives(lambda *tensors: formula(*tensors, scale="sum").square().mean(), tensors)
-    for result, exact in zip(as_tuple(ours), as_tuple(expected), strict=True):
-        assert (result - exact).abs().max() <= 1e-9 * exact.abs().max()
+    torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-8)
 
 
 @each_implementation
@@ -237,14 +229,11 @@ import sys
 sys.modules["fla.ops.attnres"] = None  # as in an fla older than 0.6
 import torch
 from modeling_attnres.depth_attention import fla_depth_attention
-try:
-    fla_depth_attention(torch.zeros(8), torch.ones(8), [torch.ones(2, 8)], "sum", 1e-6)
-except ImportError as error:
-    print(error)
+fla_depth_attention(torch.zeros(8), torch.ones(8), [torch.ones(2, 8)], "sum", 1e-6)
 """
 
 
 def test_fla_without_the_package_says_what_is_missing():
-    message = run_python(WITHOUT_FLA)
-    assert message.startswith("`attn_res_implementation` is 'fla'")
-    assert "pip install -U flash-linear-attention" in message
+    message = "ImportError: `attn_res_implementation` is 'fla'.*pip install -U flash-linear-attention"
+    with pytest.raises(AssertionError, match=message):
+        run_python(WITHOUT_FLA)

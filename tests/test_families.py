@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import FAMILIES, MIXTURES, OTHERS, attnres_of, randomize_depth_attention, run_python, tiny_base, trained
+from helpers import BLOCK, FAMILIES, FULL, MIXTURES, OTHERS, attnres_of, both_types, run_python, tiny_base, trained
 from reference import reference_hidden_states
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -10,37 +10,33 @@ from transformers import AutoModelForCausalLM
 from modeling_attnres.conversion import retrofit, verify
 
 
-SHAPES = {
-    "block 1": {"attn_res_block_size": 1},
-    "block 2": {"attn_res_block_size": 2},
-    "full": {"attn_res_type": "full"},
-}
 each_family = pytest.mark.parametrize("family", FAMILIES)
 each_mixture = pytest.mark.parametrize("family", MIXTURES)
-each_shape = pytest.mark.parametrize("shape", list(SHAPES.values())[1:], ids=list(SHAPES)[1:])
+
+
+def logits_in_two_passes(model, tokens):
+    """Through the cache."""
+    start = model(tokens["input_ids"][:, :12], attention_mask=tokens["attention_mask"][:, :12], use_cache=True)
+    options = {"attention_mask": tokens["attention_mask"], "past_key_values": start.past_key_values}
+    return torch.cat([start.logits, model(tokens["input_ids"][:, 12:], **options).logits], dim=1)
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, *OTHERS])
-@each_shape
+@both_types
 @torch.no_grad()
-def test_retrofit_computes_what_its_base_computes(family, shape, tokens):
+def test_retrofit_computes_what_its_base_computes(family, attn_res, tokens):
     """Logits and loss of a left-padded batch, in one pass and in two through the cache, and greedy generation."""
     base = tiny_base(family)
-    model = attnres_of(base, **shape)
+    model = attnres_of(base, **attn_res)
     real = tokens["attention_mask"].bool()
     expected, actual = (each(**tokens, labels=tokens["input_ids"]) for each in (base, model))
     tolerance = {"rtol": 0, "atol": 1e-5 * expected.logits[real].abs().max().item()}
     assert expected.logits[real].std() > 0.01
     torch.testing.assert_close(actual.logits[real], expected.logits[real], **tolerance)
     torch.testing.assert_close(actual.loss, expected.loss, rtol=1e-5, atol=1e-5)
-
     if "past_key_values" in expected or "cache" in expected:
-        parts = []
-        for each in (base, model):
-            start = each(tokens["input_ids"][:, :12], attention_mask=tokens["attention_mask"][:, :12], use_cache=True)
-            options = {"attention_mask": tokens["attention_mask"], "past_key_values": start.past_key_values}
-            parts.append(torch.cat([start.logits, each(tokens["input_ids"][:, 12:], **options).logits], dim=1)[real])
-        torch.testing.assert_close(parts[1], parts[0], **tolerance)
+        expected, actual = (logits_in_two_passes(each, tokens)[real] for each in (base, model))
+        torch.testing.assert_close(actual, expected, **tolerance)
 
     options = {"max_new_tokens": 10, "do_sample": False}
     assert torch.equal(model.generate(**tokens, **options), base.generate(**tokens, **options))
@@ -50,7 +46,7 @@ def test_retrofit_computes_what_its_base_computes(family, shape, tokens):
 @torch.no_grad()
 def test_hidden_states_and_attentions_are_the_base_s(family, tokens):
     base = tiny_base(family, attn_implementation="eager")
-    model = attnres_of(base, attn_res_block_size=2)
+    model = attnres_of(base, **BLOCK)
     model.set_attn_implementation("eager")
     options = {"output_hidden_states": True, "output_attentions": family != "recurrent_gemma"}
     expected, actual = base(**tokens, **options), model(**tokens, **options)
@@ -63,29 +59,29 @@ def test_hidden_states_and_attentions_are_the_base_s(family, tokens):
 
 # A token that rounding sends to another expert would hide the rounding itself
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family not in MIXTURES])
-@each_shape
+@both_types
 @torch.no_grad()
-def test_bfloat16_departs_no_further_than_the_base_itself(family, shape):
+def test_bfloat16_departs_no_further_than_the_base_itself(family, attn_res):
     input_ids = torch.randint(1, 99, (8, 64), generator=torch.Generator().manual_seed(0))
     base = tiny_base(family)
     exact = base(input_ids).logits
     base.bfloat16()
     expected = base(input_ids).logits
-    actual = attnres_of(base, **shape)(input_ids).logits
+    actual = attnres_of(base, **attn_res)(input_ids).logits
     assert (actual - expected).float().abs().mean() <= (expected - exact).abs().mean()
 
 
 @each_family
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("attn_res", [{"attn_res_block_size": 1}, BLOCK, FULL], ids=["block 1", "block 2", "full"])
 @pytest.mark.parametrize("scale", ["sum", "mean"])
 @torch.no_grad()
-def test_trained_queries_are_wired_as_in_the_paper(family, shape, scale, tokens):
+def test_trained_queries_are_wired_as_in_the_paper(family, attn_res, scale, tokens):
     base = tiny_base(family, attn_implementation="eager")
     if family not in MIXTURES:
         # Experts do not run in float64
         base.double()
     temperature = 1.0 if scale == "sum" else 2.5
-    model = trained(base, **shape, attn_res_scale=scale, attn_res_temperature=temperature)
+    model = trained(base, **attn_res, attn_res_scale=scale, attn_res_temperature=temperature)
     model.set_attn_implementation("eager")
     expected = reference_hidden_states(base, model, tokens["input_ids"])
     actual = model.model(tokens["input_ids"], use_cache=False).last_hidden_state
@@ -95,26 +91,23 @@ def test_trained_queries_are_wired_as_in_the_paper(family, shape, scale, tokens)
 
 
 @each_family
-@each_shape
-def test_gradients_are_the_base_s_and_each_query_has_one(family, shape, tokens):
+@both_types
+def test_gradients_are_the_base_s_and_each_query_has_one(family, attn_res, tokens):
     base = tiny_base(family)
-    model = attnres_of(base, **shape)
-    gradients = []
+    model = attnres_of(base, **attn_res)
     for each in (base, model):
         each(**tokens, labels=tokens["input_ids"]).loss.backward()
-        gradients.append({name: parameter.grad for name, parameter in each.named_parameters()})
-    for name, gradient in gradients[1].items():
-        if name.endswith(".query"):
-            assert gradient.norm() > 0, name
-        elif not name.endswith(".key_norm") and gradients[0][name] is not None:
-            torch.testing.assert_close(gradient, gradients[0][name], rtol=1e-3, atol=1e-5, msg=name)
+    for name, parameter in base.named_parameters():
+        if parameter.grad is not None:
+            torch.testing.assert_close(model.get_parameter(name).grad, parameter.grad, rtol=1e-3, atol=1e-5, msg=name)
+    assert all(p.grad.norm() > 0 for name, p in model.named_parameters() if name.endswith(".query"))
 
 
 @each_mixture
 @torch.no_grad()
 def test_router_logits_and_losses_are_the_base_s(family, tokens):
     base = tiny_base(family)
-    model = attnres_of(base, attn_res_block_size=2)
+    model = attnres_of(base, **BLOCK)
     labels = tokens["input_ids"].masked_fill(tokens["attention_mask"] == 0, -100)
     for kwargs in ({}, {"output_router_logits": True}):
         try:
@@ -134,7 +127,7 @@ def test_router_logits_and_losses_are_the_base_s(family, tokens):
 @torch.no_grad()
 def test_implementations_of_the_experts_are_those_of_the_base(family, tokens):
     base = tiny_base(family)
-    model = attnres_of(base, attn_res_block_size=2)
+    model = attnres_of(base, **BLOCK)
     assert model.config._experts_implementation == base.config._experts_implementation
     for implementation in ("eager", "batched_mm") if base._can_set_experts_implementation() else ():
         for each in (base, model):
@@ -145,16 +138,15 @@ def test_implementations_of_the_experts_are_those_of_the_base(family, tokens):
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss"])
 @torch.no_grad()
 def test_mixtures_compile_without_a_graph_break(family, tokens):
-    model = trained(tiny_base(family), attn_res_block_size=2)
-    input_ids = tokens["input_ids"][2:]
+    model = trained(tiny_base(family), **BLOCK)
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    actual, expected = compiled(input_ids, use_cache=False).logits, model(input_ids, use_cache=False).logits
+    actual, expected = (each(tokens["input_ids"][2:], use_cache=False).logits for each in (compiled, model))
     torch.testing.assert_close(actual, expected, rtol=0, atol=2e-5)
 
 
 @each_family
-def test_checkpoints_keep_the_base_s_layout(family, tmp_path, tokens):
+def test_checkpoints_keep_the_base_s_layout(family, tmp_path):
     """Loaded from the base's files and saved again, tensors have the names and shapes of the base's files."""
     base = tiny_base(family)
     base.save_pretrained(tmp_path / "base")
@@ -162,28 +154,21 @@ def test_checkpoints_keep_the_base_s_layout(family, tmp_path, tokens):
     assert verify(tmp_path / "base", output).passed
 
     # Another family in between: how weights lie on disk is looked up anew for each
-    other = tiny_base("mixtral" if family != "mixtral" else "qwen3_moe")
-    attnres_of(other).save_pretrained(tmp_path / "other")
+    attnres_of(tiny_base("mixtral" if family != "mixtral" else "qwen3_moe")).save_pretrained(tmp_path / "other")
     model = AutoModelForCausalLM.from_pretrained(output)
     AutoModelForCausalLM.from_pretrained(tmp_path / "other")
     model.save_pretrained(tmp_path / "saved")
     saved, expected = (load_file(tmp_path / name / "model.safetensors") for name in ("saved", "base"))
-    attn_res = {name for name in model.state_dict() if name.endswith((".query", ".key_norm"))}
-    assert saved.keys() == expected.keys() | attn_res
-    assert all(torch.equal(saved[name], tensor) for name, tensor in expected.items())
+    attn_res = {name: tensor for name, tensor in model.state_dict().items() if name.endswith((".query", ".key_norm"))}
+    torch.testing.assert_close(saved, {**expected, **attn_res}, rtol=0, atol=0)
 
-    # The trained values are there again
-    randomize_depth_attention(model).save_pretrained(tmp_path / "trained")
-    trained, info = AutoModelForCausalLM.from_pretrained(tmp_path / "trained", output_loading_info=True)
-    assert not info["missing_keys"] and not info["unexpected_keys"]
-    assert all(torch.equal(trained.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
-
-    # A model that was never loaded knows its layout too
-    attnres_of(base).save_pretrained(tmp_path / "fresh")
+    # A model that was never loaded knows its layout too, and its trained values are there again
+    model = trained(base)
+    model.save_pretrained(tmp_path / "fresh")
     assert load_file(tmp_path / "fresh" / "model.safetensors").keys() == saved.keys()
-    with torch.no_grad():
-        reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "fresh")
-        torch.testing.assert_close(reloaded(**tokens).logits, base(**tokens).logits, rtol=0, atol=1e-5)
+    loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path / "fresh", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    torch.testing.assert_close(loaded.state_dict(), model.state_dict(), rtol=0, atol=0)
 
 
 IN_THREADS = """
@@ -212,7 +197,7 @@ def test_models_of_several_bases_load_and_save_in_threads_at_once(tmp_path):
     """
     families = ["mixtral", "qwen3_moe", "olmo2"]
     for family in families:
-        trained(tiny_base(family), attn_res_block_size=2).save_pretrained(tmp_path / family)
+        trained(tiny_base(family), **BLOCK).save_pretrained(tmp_path / family)
     run_python(IN_THREADS, tmp_path, *families)
 
 
@@ -221,7 +206,7 @@ def test_phi3_changes_to_its_long_rope_as_its_base_does():
     """Its rotary embedding changes at a length, and generation passes it."""
     rope = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 4, "long_factor": [3.0] * 4}
     base = tiny_base("phi3", rope_parameters=rope, original_max_position_embeddings=20, sliding_window=None)
-    model = attnres_of(base, attn_res_block_size=2)
     prompt = torch.randint(1, 99, (2, 16), generator=torch.Generator().manual_seed(0))
-    expected = base.generate(prompt, max_new_tokens=12, do_sample=False)
-    assert torch.equal(model.generate(prompt, max_new_tokens=12, do_sample=False), expected)
+    models = base, attnres_of(base, **BLOCK)
+    expected, actual = (model.generate(prompt, max_new_tokens=12, do_sample=False) for model in models)
+    assert torch.equal(actual, expected)
