@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaModel
 from transformers.integrations.executorch import TorchExportableModuleWithStaticCache
 
 
+TOKENS = torch.randint(1, 99, (1, 9), generator=torch.Generator().manual_seed(0))
 CACHE_NAME = "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters else "past_key_values"
 
 
@@ -27,17 +28,16 @@ def assert_same_logits(actual, expected, model):
 
 
 def test_an_exported_decoding_step_gives_the_same_logits(model):
-    tokens = torch.randint(1, 99, (1, 9), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        expected = model(tokens).logits[0]
+        expected = model(TOKENS).logits[0]
     model.generation_config.use_cache = True
     model.generation_config.cache_implementation = "static"
     step = TorchExportableModuleWithStaticCache(model, batch_size=1, max_cache_len=16)
-    example = {"input_ids": tokens[:, :1], "cache_position": torch.tensor([0])}
+    example = {"input_ids": TOKENS[:, :1], "cache_position": torch.tensor([0])}
     with torch.no_grad():
         exported = torch.export.export(step, args=(), kwargs=example, strict=False).module()
-        for position in range(tokens.shape[1]):
-            token = tokens[:, position : position + 1]
+        for position in range(TOKENS.shape[1]):
+            token = TOKENS[:, position : position + 1]
             logits = exported(input_ids=token, cache_position=torch.tensor([position]))
             assert_same_logits(logits[0, 0], expected[position], model)
 
@@ -49,15 +49,14 @@ def test_a_decoding_step_in_onnx_gives_the_same_logits(model, tmp_path):
     from onnxruntime import InferenceSession
     from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
 
-    tokens = torch.randint(1, 99, (1, 9), generator=torch.Generator().manual_seed(0))
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
-        expected = model(tokens).logits[:, -1:]
-        model(tokens[:, :-1], **{CACHE_NAME: cache}, use_cache=True)
-        inputs = {"input_ids": tokens[:, -1:], CACHE_NAME: cache, "use_cache": True}
+        expected = model(TOKENS).logits[:, -1:]
+        model(TOKENS[:, :-1], **{CACHE_NAME: cache}, use_cache=True)
+        inputs = {"input_ids": TOKENS[:, -1:], CACHE_NAME: cache, "use_cache": True}
         OnnxExporter().export(model, inputs, config=OnnxConfig()).save_pretrained(tmp_path)
     session = InferenceSession(tmp_path / "model.onnx")
     states = [state for layer in cache.layers for state in (layer.keys, layer.values)]
     names = [value.name for value in session.get_inputs()]
-    logits = session.run(["logits"], {n: t.numpy() for n, t in zip(names, [tokens[:, -1:], *states], strict=True)})[0]
+    logits = session.run(["logits"], {n: t.numpy() for n, t in zip(names, [TOKENS[:, -1:], *states], strict=True)})[0]
     assert_same_logits(torch.from_numpy(logits), expected, model)

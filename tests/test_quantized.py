@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import tensor_hashes, there_and_back, tiny_base
+from helpers import tensor_hashes, there_and_back, tiny_base, train
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 
@@ -44,8 +44,7 @@ def assert_same_logits(model, base):
 def test_a_retrofit_of_a_quantized_base(quantize, tmp_path):
     AutoModelForCausalLM.from_pretrained(tmp_path / "float", **quantize).save_pretrained(tmp_path / "base")
     output = there_and_back(tmp_path / "base", tmp_path)
-    base_hashes, hashes = tensor_hashes(tmp_path / "base"), tensor_hashes(output)
-    assert {tensor: hashes[tensor] for tensor in base_hashes} == base_hashes
+    assert tensor_hashes(tmp_path / "base").items() <= tensor_hashes(output).items()
 
     base, model = (AutoModelForCausalLM.from_pretrained(folder) for folder in (tmp_path / "base", output))
     assert type(model.model.layers[1].mlp.up_proj) is type(base.model.layers[1].mlp.up_proj)
@@ -94,14 +93,7 @@ def test_lora_of_a_quantized_model(quantize, order, tmp_path):
     # A LoRA of seven projections in five layers; query and key norm of ten depth attentions
     assert [sum(part in name for name in trained) for part in ("lora_A", "lora_B", "_res.")] == [35, 35, 20]
     before = {name: parameter.detach().clone() for name, parameter in trained.items()}
-    optimizer = torch.optim.AdamW(trained.values(), lr=1e-2)
-    losses = []
-    for _ in range(5):
-        loss = model(TOKENS, labels=TOKENS).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
+    losses = train(model, {"input_ids": TOKENS}, steps=5, learning_rate=1e-2)
     assert losses[0] == pytest.approx(base_loss, abs=1e-4) and losses[-1] < losses[0] - 0.1
     assert not any(torch.equal(parameter, before[name]) for name, parameter in trained.items())
 

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from helpers import EXAMPLES, run_isolated, trained_retrofit
+from helpers import EXAMPLES, answer, run_isolated, trained_retrofit
 from server import chat, served
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -21,32 +21,23 @@ def trained_folder(smollm2_folder, tmp_path_factory):
     return trained_retrofit(smollm2_folder, tmp_path_factory.mktemp("trained"), scale=0.002)
 
 
-def load(folder):
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-
-
-def chat_inputs(folder, question):
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    messages = [{"role": "user", "content": question}]
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-
-
-def greedy(model, inputs, **options):
-    tokens = model.generate(**inputs, max_new_tokens=MAX_TOKENS, do_sample=False, **options)
-    return tokens[0, inputs["input_ids"].shape[1] :]
+@pytest.fixture(scope="module")
+def models(trained_folder, smollm2_folder):
+    folders = {"attnres": trained_folder, "base": smollm2_folder}
+    return {name: AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32) for name, path in folders.items()}
 
 
 @pytest.fixture(scope="module")
-def expected(trained_folder, smollm2_folder):
+def tokenizer(smollm2_folder):
+    return AutoTokenizer.from_pretrained(smollm2_folder)
+
+
+@pytest.fixture(scope="module")
+def expected(models, tokenizer):
     """The answers of `generate` by question. Those of the base differ."""
-    tokenizer = AutoTokenizer.from_pretrained(trained_folder)
-    inputs = [chat_inputs(trained_folder, question) for question in QUESTIONS]
-    texts, base_texts = (
-        [tokenizer.decode(greedy(model, each), skip_special_tokens=True) for each in inputs]
-        for model in map(load, (trained_folder, smollm2_folder))
-    )
-    assert all(text != base_text for text, base_text in zip(texts, base_texts))
-    return dict(zip(QUESTIONS, texts))
+    answers, of_base = ({q: answer(model, tokenizer, q, MAX_TOKENS) for q in QUESTIONS} for model in models.values())
+    assert all(answers[question] != of_base[question] for question in QUESTIONS)
+    return answers
 
 
 def test_transformers_serve_and_chat(trained_folder, expected, tmp_path):
@@ -88,14 +79,13 @@ def test_pipeline(trained_folder, expected, tmp_path):
     assert list(answers) == [{"role": "assistant", "content": expected[question]} for question in QUESTIONS]
 
 
-@pytest.mark.parametrize("retrofit_is", ["target", "draft"])
-def test_assisted_generation(trained_folder, smollm2_folder, retrofit_is):
+@pytest.mark.parametrize("target, draft", [("attnres", "base"), ("base", "attnres")])
+def test_assisted_generation(target, draft, models, tokenizer):
     """The draft proposes, the target decides: greedy, the target's own tokens."""
-    trained, base = load(trained_folder), load(smollm2_folder)
-    target, draft = (trained, base) if retrofit_is == "target" else (base, trained)
     drafted = []
-    draft.register_forward_hook(lambda *_: drafted.append(1))
+    hook = models[draft].register_forward_hook(lambda *_: drafted.append(1))
     for question in QUESTIONS:
-        inputs = chat_inputs(smollm2_folder, question)
-        assert torch.equal(greedy(target, inputs, assistant_model=draft), greedy(target, inputs))
+        assisted = answer(models[target], tokenizer, question, MAX_TOKENS, assistant_model=models[draft])
+        assert assisted == answer(models[target], tokenizer, question, MAX_TOKENS)
     assert drafted
+    hook.remove()
