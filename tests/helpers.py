@@ -155,6 +155,16 @@ def edit_json(file, **fields):
     file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
 
 
+def json_lines(file):
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def logged_losses(checkpoint):
+    """Those that Trainer logged."""
+    history = json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
+    return [row["loss"] for row in history if "loss" in row]
+
+
 def file_bytes(folder):
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 

@@ -36,7 +36,7 @@ def formula(query, key_norm, *sources, scale):
 
 def assert_gradients_are_the_formulas(output, tensors, scale, tolerance=1e-5):
     exact_tensors = [tensor.detach().double().requires_grad_() for tensor in tensors]
-    direction = torch.randn(output.shape, generator=torch.Generator().manual_seed(1)).to(output.dtype)
+    direction = torch.randn(output.shape, generator=torch.Generator().manual_seed(1)).to(output)
     ours = torch.autograd.grad(output, tensors, direction)
     exact = torch.autograd.grad(formula(*exact_tensors, scale=scale), exact_tensors, direction.double())
     for gradient, tensor, expected in zip(ours, tensors, exact):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import yaml
-from helpers import run_example, trained_retrofit
+from helpers import json_lines, run_example, trained_retrofit
 
 
 def task_file(folder, count=30, **fields):
@@ -32,10 +32,7 @@ def tasks(tmp_path):
 def test_bigbench_files_become_tasks(tasks):
     names = ["bigbench_parity_dressed", "bigbench_parity_plain"]
     assert sorted(path.name for path in tasks.iterdir()) == [f"{n}.{e}" for n in names for e in ("jsonl", "yaml")]
-    plain, dressed = (
-        sorted(map(json.loads, (tasks / f"bigbench_parity_{name}.jsonl").read_text().splitlines()), key=str)
-        for name in ("plain", "dressed")
-    )
+    plain, dressed = (json_lines(tasks / f"bigbench_parity_{name}.jsonl") for name in ("plain", "dressed"))
     assert len(plain) == len(dressed) == 30
     choices = ["yes", "no", "maybe"]
     assert {"query": "\nQ: Is 0 even?\nA:", "choices": choices, "label": 0} in plain
@@ -49,13 +46,12 @@ def test_a_retrofit_chooses_as_its_base_does(tasks, smollm2_folder, tmp_path):
     trained, attnres = trained_retrofit(smollm2_folder, tmp_path, scale=0.3), tmp_path / "attnres"
     options = ("--include", tasks, "--tasks", "bigbench", "--limit", 6, "--output", tmp_path / "figures.json")
     output = run_example("experiments/evaluation/evaluate.py", smollm2_folder, attnres, trained, *options)
-    assert f"{attnres} chooses as {smollm2_folder} does on 12 of 12 questions." in output
-    same = int(output.split(f"{tmp_path / 'trained'} chooses as {smollm2_folder} does on ")[1].split()[0])
-    assert same < 12
     figures = json.loads((tmp_path / "figures.json").read_text())
-    assert figures["chooses_as_the_first"] == {str(attnres): [12, 12], str(trained): [same, 12]}
-    accuracies = figures["accuracy"]
-    assert accuracies[str(attnres)] == accuracies[str(smollm2_folder)]
+    same, total = figures["chooses_as_the_first"].pop(str(trained))
+    assert same < total == 12 and figures["chooses_as_the_first"] == {str(attnres): [12, 12]}
+    for folder, count in ((attnres, 12), (trained, same)):
+        assert f"{folder} chooses as {smollm2_folder} does on {count} of 12 questions." in output
+    assert figures["accuracy"][str(attnres)] == figures["accuracy"][str(smollm2_folder)]
 
 
 def test_better_than_chance(tasks):

@@ -43,7 +43,6 @@ def test_retrofit_computes_what_its_base_computes(family, attn_res, tokens):
 
 
 @each_family
-@torch.no_grad()
 def test_hidden_states_and_attentions_are_the_base_s(family, tokens):
     base = tiny_base(family, attn_implementation="eager")
     model = attnres_of(base, **BLOCK)
@@ -201,7 +200,6 @@ def test_models_of_several_bases_load_and_save_in_threads_at_once(tmp_path):
     run_python(IN_THREADS, tmp_path, *families)
 
 
-@torch.no_grad()
 def test_phi3_changes_to_its_long_rope_as_its_base_does():
     """Its rotary embedding changes at a length, and generation passes it."""
     rope = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 4, "long_factor": [3.0] * 4}

@@ -27,7 +27,6 @@ def base():
 
 @both_types
 @pytest.mark.parametrize("family", ["llama", "granite"])
-@torch.no_grad()
 def test_a_base_checkpoint_loads_as_it_is(family, attn_res, tmp_path, tokens):
     """A layer has two depth attentions, but the first has one, and the last has a third."""
     base = tiny_base(family)
@@ -42,7 +41,6 @@ def test_a_base_checkpoint_loads_as_it_is(family, attn_res, tmp_path, tokens):
 
 
 @pytest.mark.parametrize("family", ["llama", "mixtral", "gemma2"])
-@torch.no_grad()
 def test_a_loaded_base_becomes_an_attnres_model_with_the_same_weights(family, tmp_path, tokens):
     tiny_base(family).save_pretrained(tmp_path / "base")
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", attn_implementation="eager")
@@ -92,21 +90,18 @@ def test_initialization_is_the_base_s_and_queries_are_zero(family):
         assert torch.equal(tensor, start.get(name.split(".")[-1], expected.get(name))), name
 
 
-@torch.no_grad()
-def test_fewer_layers(tokens, tmp_path):
+def test_fewer_layers(base, tokens, tmp_path):
     """As in the base, whether they are dropped before or after loading. The last block is then short."""
-    base = tiny_base("llama")
     model = attnres_of(base, attn_res_block_size=4)
-    for name, whole in (("base", base), ("attnres", model)):
-        whole.save_pretrained(tmp_path / name)
-        whole.model.layers = whole.model.layers[:2]
-        whole.config.num_hidden_layers = 2
-        whole.save_pretrained(tmp_path / f"short {name}")
-    expected = base(**tokens).logits
-    for folder in (tmp_path / "attnres", tmp_path / "short attnres"):
-        short = AutoModelForCausalLM.from_pretrained(folder, num_hidden_layers=2)
+    model.save_pretrained(tmp_path / "whole")
+    for each in (base, model):
+        each.model.layers = each.model.layers[:2]
+        each.config.num_hidden_layers = 2
+    model.save_pretrained(tmp_path / "short")
+    for folder in ("whole", "short"):
+        short = AutoModelForCausalLM.from_pretrained(tmp_path / folder, num_hidden_layers=2)
         assert len(short.model.layers) == 2
-        torch.testing.assert_close(short(**tokens).logits, expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(short(**tokens).logits, base(**tokens).logits, rtol=0, atol=1e-5)
 
 
 def test_tracing(base, tokens):
@@ -145,7 +140,6 @@ def test_save_and_load(base, attn_res, tmp_path, tokens):
 
 
 @both_types
-@torch.no_grad()
 def test_generation_does_not_depend_on_the_cache(base, attn_res, tokens):
     model = trained(base, **attn_res)
     arguments = dict(**tokens, max_new_tokens=12, do_sample=False)
@@ -156,33 +150,29 @@ def test_generation_does_not_depend_on_the_cache(base, attn_res, tokens):
     assert torch.equal(beams, model.generate(**arguments, num_beams=3, use_cache=False))
 
 
-ARGUMENTS = {
-    "labels": lambda labels, **_: {"labels": labels},
-    "number of items": lambda labels, **_: {"labels": labels, "num_items_in_batch": torch.tensor(100)},
-    "shifted labels": lambda labels, shifted, **_: {"labels": labels, "shift_labels": shifted, "num_items_in_batch": 7},
-    "some logits": lambda **_: {"logits_to_keep": torch.tensor([1, 5, 16])},
-    "the last logits": lambda **_: {"logits_to_keep": 3},
-    "hidden states": lambda labels, **_: {"labels": labels, "output_hidden_states": True},
-    "embeddings": lambda embeddings, **_: {"inputs_embeds": embeddings, "input_ids": None},
-}
-
-
-@pytest.mark.parametrize("arguments", ARGUMENTS.values(), ids=ARGUMENTS)
-@torch.no_grad()
-def test_arguments_do_what_they_do_in_the_base(arguments, base, tokens):
+def test_arguments_do_what_they_do_in_the_base(base, tokens):
+    model = attnres_of(base, **BLOCK)
     labels = tokens["input_ids"].masked_fill(tokens["attention_mask"] == 0, -100)
     shifted = nn.functional.pad(labels, (0, 1), value=-100)[:, 1:].contiguous()
-    embeddings = base.get_input_embeddings()(tokens["input_ids"])
-    inputs = {**tokens, **arguments(labels=labels, shifted=shifted, embeddings=embeddings)}
-    options = {"use_cache": False, "return_dict": False}
-    expected, actual = (model(**inputs, **options) for model in (base, attnres_of(base, **BLOCK)))
-    assert isinstance(actual, tuple)
-    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=2e-5)
+    table = [
+        {"labels": labels},
+        {"labels": labels, "num_items_in_batch": torch.tensor(100)},
+        {"labels": labels, "shift_labels": shifted, "num_items_in_batch": 7},
+        {"logits_to_keep": torch.tensor([1, 5, 16])},
+        {"logits_to_keep": 3},
+        {"labels": labels, "output_hidden_states": True},
+        {"input_ids": None, "inputs_embeds": base.get_input_embeddings()(tokens["input_ids"])},
+    ]
+    for arguments in table:
+        inputs = {**tokens, **arguments, "use_cache": False, "return_dict": False}
+        expected, actual = base(**inputs), model(**inputs)
+        assert isinstance(actual, tuple)
+        close = {"rtol": 1e-5, "atol": 2e-5}
+        torch.testing.assert_close(actual, expected, **close, msg=lambda text, row=arguments: f"{[*row]}: {text}")
 
 
 @both_types
 @pytest.mark.parametrize("layers", [1, 5])
-@torch.no_grad()
 def test_hidden_states_are_the_inputs_of_the_layers_and_the_output(attn_res, layers, tokens):
     model = trained(tiny_base("llama", num_hidden_layers=layers), **attn_res)
     inputs = []
@@ -228,7 +218,6 @@ def test_gradient_checkpointing_changes_no_gradient(base, attn_res, implementati
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-5, atol=1e-5)
 
 
-@torch.no_grad()
 def test_embeddings_can_be_resized(base, tokens):
     model = trained(base, **BLOCK)
     logits = model(**tokens).logits
@@ -245,7 +234,6 @@ def test_vllm_can_use_the_class():
 
 
 @both_types
-@torch.no_grad()
 def test_float64_retrofit_is_exact_to_float64(base, attn_res, tokens):
     base.double()
     difference = attnres_of(base, **attn_res)(**tokens).logits - base(**tokens).logits
@@ -280,7 +268,6 @@ def test_compiles_without_an_eager_forward_pass_before():
 
 
 @both_types
-@torch.no_grad()
 def test_compiled_decoding_compiles_once(base, attn_res):
     """One graph for the prompt and one for all later tokens, with a static cache."""
     # Models that earlier tests compiled count toward the compiler's limit

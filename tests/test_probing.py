@@ -6,8 +6,10 @@ import torch
 from helpers import BLOCK, FAMILIES, FULL, attnres_of, both_types, tiny_base, tiny_base_config, trained
 from peft import LoraConfig, get_peft_model
 from test_heads import HEADS
+from transformers import Trainer
 
 from modeling_attnres import ATTN_RES_MODULES, AttnResConfig, DepthAttention
+from modeling_attnres.callback import DepthAttentionCallback
 from modeling_attnres.probing import depth_attentions, depth_sources, masked_sources, recorded_weights
 
 
@@ -25,7 +27,6 @@ def all_but_one_in_each_row(model):
 
 @both_types
 @pytest.mark.parametrize("family", ["llama", "mixtral", "qwen3_next"])
-@torch.no_grad()
 def test_recorded_weights_are_the_formula_s(family, attn_res, tokens):
     model = trained(tiny_base(family), **attn_res)
     assert list(depth_attentions(model)) == NAMES
@@ -46,7 +47,6 @@ def test_recorded_weights_are_the_formula_s(family, attn_res, tokens):
 
 @both_types
 @pytest.mark.parametrize("scale", ["sum", "mean"])
-@torch.no_grad()
 def test_a_masked_source_is_as_if_it_did_not_exist(scale, attn_res, tokens):
     model = trained(tiny_base("llama"), attn_res_scale=scale, **attn_res)
     mask = all_but_one_in_each_row(model)
@@ -61,7 +61,6 @@ def test_a_masked_source_is_as_if_it_did_not_exist(scale, attn_res, tokens):
         torch.testing.assert_close(output.double(), expected, rtol=1e-5, atol=1e-5)
 
 
-@torch.no_grad()
 def test_in_generate_weights_come_for_each_pass_and_masks_hold(tokens):
     model = trained(tiny_base("llama"), **BLOCK)
     options = {"max_new_tokens": 4, "do_sample": False}
@@ -75,7 +74,6 @@ def test_in_generate_weights_come_for_each_pass_and_masks_hold(tokens):
 
 
 @pytest.mark.parametrize("head", HEADS)
-@torch.no_grad()
 def test_heads_are_recorded_too(head, tokens):
     config = AttnResConfig.from_base_config(tiny_base_config("llama", num_labels=3), **BLOCK)
     model = HEADS[head].from_config(config)
@@ -119,8 +117,11 @@ def test_masks_that_do_not_fit_are_refused(message, mask, tokens):
 
 
 def test_a_model_without_depth_attention_is_refused():
-    with pytest.raises(ValueError, match="LlamaForCausalLM.*no depth attention"), recorded_weights(tiny_base("llama")):
+    base = tiny_base("llama")
+    with pytest.raises(ValueError, match="LlamaForCausalLM.*no depth attention"), recorded_weights(base):
         pass
+    with pytest.raises(ValueError, match="LlamaForCausalLM.*no depth attention"):
+        DepthAttentionCallback(Trainer(base))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import randomize_depth_attention, run, tiny_base
+from helpers import logits, randomize_depth_attention, run, save, tiny_base
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -15,6 +15,7 @@ from modeling_attnres import ATTN_RES_MODULES, DepthAttention
 from modeling_attnres.conversion import retrofit
 
 
+SHORT = "--max_steps 1 --use_cpu --bf16 false"
 README = Path(__file__).parents[1] / "examples" / "README.md"
 
 
@@ -35,9 +36,9 @@ def run_recipe(tool):
 def folder(tokenizer, tmp_path, monkeypatch):
     tokenizer.chat_template = "{% for message in messages %}<{{ message.role }}>{{ message.content }}\n{% endfor %}"
     base = tiny_base("llama", hidden_size=64, vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id)
-    for saved in (base, tokenizer):
-        saved.save_pretrained(tmp_path / "base")
-    retrofit(tmp_path / "base", tmp_path / "my-attnres")
+    retrofit(save(tmp_path / "base", base, tokenizer), tmp_path / "my-attnres")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.jsonl").write_text('{"text": "One and two make three"}\n' * 4)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -51,8 +52,7 @@ def adapter(folder):
     for parameter in model.parameters():
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter, std=0.3)
-    model.save_pretrained("adapter")
-    AutoTokenizer.from_pretrained("my-attnres").save_pretrained("adapter")
+    save("adapter", model, AutoTokenizer.from_pretrained("my-attnres"))
     return model
 
 
@@ -61,11 +61,8 @@ def shell(command):
 
 
 def test_trl(folder):
-    (folder / "data").mkdir()
-    (folder / "data" / "train.jsonl").write_text('{"text": "One and two make three"}\n' * 4)
     commands, yaml = recipe("TRL on the command line")
-    short = "--max_steps 1 --use_cpu --bf16 false"
-    shell(commands.replace("trl-lib/Capybara", "data").replace("trl sft", f"trl sft {short}"))
+    shell(commands.replace("trl-lib/Capybara", "data").replace("trl sft", f"trl sft {SHORT}"))
     trained = AutoModelForCausalLM.from_pretrained("trained")
     assert all((layer.mlp_res.query != 0).any() for layer in trained.model.layers)
     adapter = load_file("adapter/adapter_model.safetensors")
@@ -73,21 +70,17 @@ def test_trl(folder):
     assert sum("lora_A" in name for name in adapter) == 7 * 5
 
     (folder / "lora.yaml").write_text(yaml.replace("trl-lib/Capybara", "data").replace(": adapter", ": again"))
-    shell(f"trl sft --config lora.yaml {short}")
+    shell(f"trl sft --config lora.yaml {SHORT}")
     assert load_file("again/adapter_model.safetensors").keys() == adapter.keys()
 
 
 def test_trl_on_a_mixture(folder, tokenizer):
     """The experts, too, with the options that the recipe names."""
-    for saved in (tiny_base("mixtral", vocab_size=len(tokenizer)), tokenizer):
-        saved.save_pretrained("mixture")
-    retrofit("mixture", "my-mixture")
-    (folder / "data").mkdir()
-    (folder / "data" / "train.jsonl").write_text('{"text": "One and two make three"}\n' * 4)
+    retrofit(save("mixture", tiny_base("mixtral", vocab_size=len(tokenizer)), tokenizer), "my-mixture")
     command = "trl sft" + recipe("TRL on the command line")[0].split("trl sft")[-1].rstrip()
     (experts,) = re.findall(r"add `(--lora_target_parameters .*?)`", README.read_text())
     command = command.replace("my-attnres", "my-mixture").replace("trl-lib/Capybara", "data")
-    shell(f"{command} {experts} --max_steps 1 --use_cpu --bf16 false")
+    shell(f"{command} {experts} {SHORT}")
     adapter = load_file("adapter/adapter_model.safetensors")
     assert sum(".experts." in name for name in adapter) == 4 * 5
     assert sum(name.endswith("_res.query") for name in adapter) == 10
@@ -97,7 +90,7 @@ def test_peft(adapter):
     shell(*recipe("PEFT"))
     merged = AutoModelForCausalLM.from_pretrained("merged", trust_remote_code=True)
     inputs = AutoTokenizer.from_pretrained("merged")("One and two make", return_tensors="pt")
-    torch.testing.assert_close(merged(**inputs).logits, adapter(**inputs).logits, rtol=0, atol=1e-4)
+    torch.testing.assert_close(logits(merged, inputs), logits(adapter, inputs), rtol=0, atol=1e-4)
 
 
 def test_bitsandbytes(folder):
@@ -125,9 +118,7 @@ def test_mergekit(folder):
         AutoModelForCausalLM.from_pretrained(name, trust_remote_code=True).state_dict()
         for name in ("my-attnres", "trained", "merged")
     )
-    assert merged.keys() == trained.keys()
-    for name, tensor in merged.items():
-        torch.testing.assert_close(tensor, (model[name] + trained[name]) / 2)
+    torch.testing.assert_close(merged, {name: (model[name] + tensor) / 2 for name, tensor in trained.items()})
 
 
 def test_lm_eval(folder):
@@ -159,8 +150,7 @@ def test_axolotl(folder, monkeypatch):
     monkeypatch.setenv("AXOLOTL_DO_NOT_TRACK", "1")
     shell(commands)
     merged = AutoModelForCausalLM.from_pretrained("adapter/merged")
-    expected = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("my-attnres"), "adapter")
-    expected = expected.merge_and_unload().state_dict()
+    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("my-attnres"), "adapter")
+    expected = adapted.merge_and_unload().state_dict()
     assert all((layer.mlp_res.query != 0).any() for layer in merged.model.layers)
-    for name, tensor in merged.state_dict().items():
-        torch.testing.assert_close(tensor, expected[name], rtol=1e-3, atol=1e-3, check_dtype=False)
+    torch.testing.assert_close(merged.state_dict(), expected, rtol=1e-3, atol=1e-3, check_dtype=False)

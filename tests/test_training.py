@@ -43,14 +43,13 @@ def test_trainer_computes_the_base_s_loss(label_smoothing_factor, data, tmp_path
 def test_parameter_groups_hold_each_trained_parameter_once():
     model = attnres_of(tiny_base("llama"))
     model.model.embed_tokens.weight.requires_grad_(False)
-    matrices, vectors, attn_res = attn_res_parameter_groups(model, 1e-3, 1e-4, weight_decay=0.1)
+    groups = attn_res_parameter_groups(model, 1e-3, 1e-4, weight_decay=0.1)
     trained = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
-    names = [[trained[id(p)] for p in group["params"]] for group in (matrices, vectors, attn_res)]
-    assert sorted(sum(names, [])) == sorted(trained.values())
-    assert set(names[2]) == {name for name in trained.values() if name.endswith(("_res.query", "_res.key_norm"))}
-    assert set(names[0]) == {name for name in trained.values() if name.endswith("_proj.weight")}
-    assert [group["lr"] for group in (matrices, vectors, attn_res)] == [1e-3, 1e-3, 1e-4]
-    assert [group["weight_decay"] for group in (matrices, vectors, attn_res)] == [0.1, 0.0, 0.0]
+    matrices, vectors, attn_res = ([trained[id(p)] for p in group["params"]] for group in groups)
+    assert sorted([*matrices, *vectors, *attn_res]) == sorted(trained.values())
+    assert set(attn_res) == {name for name in trained.values() if name.endswith(("_res.query", "_res.key_norm"))}
+    assert set(matrices) == {name for name in trained.values() if name.endswith("_proj.weight")}
+    assert [(group["lr"], group["weight_decay"]) for group in groups] == [(1e-3, 0.1), (1e-3, 0.0), (1e-4, 0.0)]
 
     model.requires_grad_(False)
     model.model.layers[-1].output_res.requires_grad_(True)
@@ -69,7 +68,7 @@ def test_parameters_without_weight_decay_in_trainer_have_none_in_our_groups(fami
     of_trainer &= dict(model.named_parameters()).keys()  # without tied parameters
     assert decayed <= of_trainer
     vectors = ("_res.query", "A_log", "sinks", "lightning_attn", "recurrent_param")
-    assert {name for name in of_trainer - decayed if not name.endswith(vectors)} == set()
+    assert all(name.endswith(vectors) for name in of_trainer - decayed)
 
 
 @pytest.mark.parametrize("width", [32, 64, 256])

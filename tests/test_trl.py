@@ -5,24 +5,20 @@ from math import log
 import pytest
 import torch
 from datasets import Dataset
-from helpers import randomize_depth_attention, tiny_base
+from helpers import save, tiny_base, trained_retrofit
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from modeling_attnres import ATTN_RES_MODULES, attn_res_parameter_groups
 from modeling_attnres.callback import DepthAttentionCallback
-from modeling_attnres.conversion import retrofit
 
 
 @pytest.fixture
 def models(tokenizer, tmp_path):
     """From folders, since DPO loads its reference model from the folder of the policy."""
     base = tiny_base("llama", vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id)
-    base.save_pretrained(tmp_path / "base")
-    retrofit(tmp_path / "base", tmp_path / "attnres")
-    trained = randomize_depth_attention(AutoModelForCausalLM.from_pretrained(tmp_path / "attnres"))
-    trained.save_pretrained(tmp_path / "trained")
+    trained_retrofit(save(tmp_path / "base", base, tokenizer), tmp_path, scale=0.3)
     return {name: AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("base", "attnres", "trained")}
 
 
