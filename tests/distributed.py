@@ -37,15 +37,13 @@ def tensor_parallel(base, checkpoint, output):
     dist.init_process_group("gloo")
     AttnResForCausalLM.from_base(load(base, tp_plan="auto")).save_pretrained(Path(output).with_name("from_base"))
     model = load(checkpoint, tp_plan="auto")
-    result = model(rows(), labels=rows())
-    result.loss.backward()
+    actual = model(rows(), labels=rows())
+    actual.loss.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if name.endswith("query")}
+    result = {"logits": actual.logits.detach(), "gradients": gradients, "after a step": logits_after_a_step(model)}
+    result["rows of q_proj"] = model.model.layers[0].self_attn.q_proj.weight.to_local().shape[0]
     if dist.get_rank() == 0:
-        gradients = {name: p.grad for name, p in model.named_parameters() if name.endswith("query")}
-        rows_here = model.model.layers[0].self_attn.q_proj.weight.to_local().shape[0]
-    after_a_step = logits_after_a_step(model)
-    if dist.get_rank() == 0:
-        logits = {"logits": result.logits.detach(), "after a step": after_a_step}
-        torch.save({**logits, "gradients": gradients, "rows of q_proj": rows_here}, output)
+        torch.save(result, output)
 
 
 def take_cpus_for_gpus():

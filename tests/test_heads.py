@@ -59,9 +59,7 @@ with torch.no_grad():
     save_file({{"logits": model(input_ids).logits}}, work + "/out.safetensors")
 """
     result = run_isolated(script, output, tmp_path)
-    with torch.no_grad():
-        expected = base(INPUT_IDS).logits
-    torch.testing.assert_close(result["logits"], expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(result["logits"], base(INPUT_IDS).logits, rtol=0, atol=1e-5)
 
     model = HEADS[head].from_pretrained(output)
     assert type(model).__name__ == f"AttnRes{head}" and model.config.num_labels == 3
