@@ -6,12 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from accelerate import cpu_offload, disk_offload
 from distributed import load, logits_after_a_step, rows
 from helpers import BLOCK, EXAMPLES, logged_losses, run, save, tiny_base, trained
+from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM
 
 import modeling_attnres
+from modeling_attnres.probing import depth_attentions
 
 
 SCRIPT = Path(__file__).with_name("distributed.py")
@@ -117,6 +120,22 @@ def test_tensor_parallel(work, tmp_path):
     gradients = {name: p.grad for name, p in model.named_parameters() if name.endswith("query")}
     torch.testing.assert_close(result["gradients"], gradients, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(result["after a step"], logits_after_a_step(model), rtol=0, atol=1e-3)
+
+
+def test_fully_shard_of_a_model_in_half_precision(work):
+    """FSDP2 takes one dtype in a group, and the depth attention is in float32, so it has groups of its own."""
+    model = AutoModelForCausalLM.from_pretrained(work / "attnres", dtype=torch.bfloat16)
+    expected = model(rows()).logits
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        for module in (*depth_attentions(model).values(), *model.model.layers, model):
+            fully_shard(module)
+        actual = model(rows()).logits
+        actual.sum().backward()
+    finally:
+        dist.destroy_process_group()
+    assert torch.equal(actual, expected)
+    assert model.model.layers[1].mlp_res.query.grad.dtype == torch.float32
 
 
 @pytest.mark.parametrize("where", ["cpu", "disk", "device map"])

@@ -78,10 +78,9 @@ def test_help(script, capsys):
     assert end.value.code == 0
 
 
-def test_quickstart(smollm2_folder, files, tmp_path):
+def test_quickstart(smollm2_folder, tmp_path):
     (tmp_path / "base").symlink_to(smollm2_folder)
-    options = ("--folder", tmp_path, "--steps", 1, "--files", files[0])
-    output = run_example("quickstart.py", *options)
+    output = run_example("quickstart.py", "--folder", tmp_path, "--steps", 1)
     base, attnres = (output.split(f"{name}: ")[1].splitlines()[0].strip() for name in ("base", "AttnRes"))
     assert base == attnres and "Paris" in base
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "trained")

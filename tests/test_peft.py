@@ -98,7 +98,7 @@ def trained_shapes(model):
 
 
 @pytest.mark.parametrize("family", ["llama", "phi", "qwen2", "gemma2"])
-@pytest.mark.parametrize("config", [LoraConfig, peft.IA3Config])
+@pytest.mark.parametrize("config", [LoraConfig, peft.IA3Config, peft.VeraConfig])
 def test_default_targets_are_those_of_the_base(config, family):
     base = tiny_base(family)
     model = attnres_of(base)
@@ -138,12 +138,12 @@ def test_an_adapter_of_transformers_4_has_its_experts(family, tokens, tmp_path):
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4)
 
 
-def test_adaption_prompts_are_refused():
-    """PEFT has them for some model types only."""
-    config = peft.AdaptionPromptConfig(task_type="CAUSAL_LM", adapter_len=4, adapter_layers=2)
+def test_methods_that_are_refused():
+    """AdaMSS selects its targets by the base's weights. PEFT has adaption prompts for some model types only."""
     model = attnres_of(tiny_base("llama"))
-    with pytest.raises(ValueError, match="does not support prompt learning, adaption prompt"):
-        with_base_targets(model, config)
+    with pytest.raises(ValueError, match="Set `target_modules` of the AdamssConfig"):
+        with_base_targets(model, peft.AdamssConfig(task_type="CAUSAL_LM"))
+    config = peft.AdaptionPromptConfig(task_type="CAUSAL_LM", adapter_len=4, adapter_layers=2)
     with pytest.raises(ValueError, match="Unsupported model type for adaption prompt: 'attnres'"):
         get_peft_model(model, config)
 
