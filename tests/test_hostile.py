@@ -25,6 +25,7 @@ from modeling_attnres.conversion import retrofit, revert, verify
 
 
 INDEX = "model.safetensors.index.json"
+FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 NORM, QUERY = "model.norm.weight", "model.layers.0.mlp_res.query"
 
 
@@ -144,19 +145,12 @@ def only_a_gguf(folder):
 
 def repeat_a_tensor(folder):
     """A tensor of the first shard, with other values, in the second one too."""
-    first, second = sorted(folder.glob("model-*.safetensors"))[:2]
-    name, tensor = next(iter(load_file(first).items()))
-    save_file({**load_file(second), name: tensor + 1}, second)
+    name, tensor = next(iter(load_file(folder / FIRST).items()))
+    save_file({**load_file(folder / SECOND), name: tensor + 1}, folder / SECOND)
 
 
 def forget_a_shard(folder):
-    content = json.loads((folder / INDEX).read_text())["weight_map"]
-    last = max(content.values())
-    edit_json(folder / INDEX, weight_map={name: shard for name, shard in content.items() if shard != last})
-
-
-def move_a_tensor(folder):
-    index(**{NORM: min(folder.glob("*.safetensors")).name})(folder)
+    edit_json(folder / INDEX, weight_map=dict.fromkeys(load_file(folder / FIRST), FIRST))
 
 
 NOT_WHOLE = "truncated or not a safetensors file"
@@ -207,9 +201,9 @@ BAD_SOURCES = {
     ),
     "our name for the base's own files": (lambda folder: (folder / "attnres_base").mkdir(), "Rename .*attnres_base"),
     "index: forgets a shard": (forget_a_shard, "has no tensor"),
-    "index: a tensor in another shard": (move_a_tensor, f"'{NORM}' in model-00001-of-.*, which does not hold it"),
+    "index: a tensor in another shard": (index(**{NORM: FIRST}), f"'{NORM}' in {FIRST}, which does not hold it"),
     "index: a tensor in two shards": (repeat_a_tensor, "holds a tensor twice"),
-    "index: a missing shard": (remove("model-00002*"), "The shard .*model-00002-of-.* is missing"),
+    "index: a missing shard": (remove(SECOND), f"The shard .*{SECOND} is missing"),
     "index: a file outside": (index(a="../elsewhere/secret"), "names the shard '../elsewhere/secret'"),
     "index: an absolute path": (index(a="/etc/hostname.safetensors"), "names the shard '/"),
     "index: the folder": (index(a="."), r"names the shard '\.'"),
@@ -259,7 +253,7 @@ def test_names_of_tensors_are_no_paths(base, tmp_path):
     for name in ("../../outside", str(tmp_path / "outside"), "a\0b", "model.layers.99999999999.weight", "‮"):
         add_tensor(base / "model.safetensors", name, [0], dtype="U8")
     output = there_and_back(base, tmp_path)
-    assert load_file(output / "model-00001-of-00002.safetensors").keys() == load_file(base / "model.safetensors").keys()
+    assert load_file(output / FIRST).keys() == load_file(base / "model.safetensors").keys()
     assert {path.name for path in tmp_path.iterdir()} == {"base", "attnres", "reverted"}
 
 
