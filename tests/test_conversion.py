@@ -48,11 +48,6 @@ def base(tmp_path):
     return save_base(tmp_path / "base")
 
 
-@pytest.fixture
-def output(base, tmp_path):
-    return retrofit(base, tmp_path / "attnres")
-
-
 @pytest.mark.parametrize("sharded", [False, True], ids=["single", "sharded"])
 @pytest.mark.parametrize("link", [False, True], ids=["copy", "link"])
 def test_every_file_there_and_back(sharded, link, tmp_path):
@@ -139,8 +134,6 @@ def test_a_model_saved_over_its_linked_retrofit(size, same_names, tmp_path):
     index = json.loads((output / INDEX).read_text())
     saved = {shard.name for shard in output.glob("*.safetensors")}
     assert saved == set(index["weight_map"].values()) and (saved == names) == same_names
-    with pytest.raises(ValueError, match="queries are trained"):
-        revert(output, tmp_path / "reverted")
     revert(output, tmp_path / "reverted", force=True)
     reverted, info = AutoModelForCausalLM.from_pretrained(tmp_path / "reverted", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
@@ -303,7 +296,8 @@ def test_a_base_with_model_code_of_its_own(base, tmp_path):
     AutoModelForCausalLM.from_pretrained(retrofit(base, tmp_path / "null")).save_pretrained(tmp_path / "saved")
 
 
-def test_verify_compares_the_structure(base, output, tmp_path):
+def test_verify_compares_the_structure(base, tmp_path):
+    output = retrofit(base, tmp_path / "attnres")
     with pytest.raises(ValueError, match="type 'llama'.*type 'qwen3'"):
         verify(save_base(tmp_path / "qwen3", "qwen3"), output)
     tensors = {name: t for shard in output.glob("*.safetensors") for name, t in load_file(shard).items()}
@@ -391,17 +385,12 @@ def test_the_same_bytes_in_other_surroundings(tmp_path):
 
 
 # ru_maxrss would not do: a child starts with its parent's
-MEASURE = """
+PEAK_MEMORY = """
 import re, sys
-def peak():
-    with open("/proc/self/status") as status:
-        return int(re.search(r"VmHWM:\\s+(\\d+) kB", status.read())[1]) // 1024
-idle = peak()
 from modeling_attnres.conversion import retrofit
 retrofit(sys.argv[1], sys.argv[2])
-retrofitted = peak()
-block = bytearray(600 * 2**20)
-print(retrofitted - idle, peak() - idle)
+with open("/proc/self/status") as status:
+    print(re.search(r"VmHWM:\\s+(\\d+) kB", status.read())[1])
 """
 
 
@@ -412,7 +401,7 @@ def test_a_large_checkpoint_is_converted_in_little_memory(base, tmp_path):
     tensors["large"] = torch.ones(600 * 2**20, dtype=torch.int8)
     save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
     del tensors
-    retrofitted, with_600_more = map(int, run_python(MEASURE, base, tmp_path / "attnres").split())
-    assert retrofitted < 500 and with_600_more > 600, f"{retrofitted} MB, {with_600_more} MB: the measure works"
+    megabytes = int(run_python(PEAK_MEMORY, base, tmp_path / "attnres")) / 1024
+    assert 100 < megabytes < 800, "torch and transformers, about 500 MB, without the tensor"
     shutil.rmtree(tmp_path / "attnres")
     shutil.rmtree(base)
