@@ -46,46 +46,33 @@ def in_child(function, *arguments):
     return end_of(start_child(function, *arguments))
 
 
-def on_file_calls(callback):
+def with_fault(function, number=0, fault=None):
     """
-    Calls `callback` before each call that makes, opens, lists, links, renames or removes a file or folder. It starts
-    with the first folder that is made. An audit hook cannot be removed, so this is for a child.
+    Runs the function in a child, and `fault` before its n-th call that makes, opens, lists, links, renames or removes a
+    file or folder, from the first folder that is made. Returns the number of these calls, or the end as `end_of`.
     """
-    state = {"started": False, "busy": False}
-
-    def hook(event, arguments):
-        if event == "open" and not isinstance(arguments[0], (str, bytes, os.PathLike)):
-            return
-        if event != "open" and not event.startswith(("os.", "shutil.")) or state["busy"]:
-            return
-        state["started"] |= event == "os.mkdir"
-        if state["started"]:
-            state["busy"] = True
-            callback()
-            state["busy"] = False
-
-    sys.addaudithook(hook)
-
-
-def count_calls(function):
-    """The number of calls that [`on_file_calls`] sees in the function."""
 
     def run():
-        calls = []
-        on_file_calls(lambda: calls.append(None))
+        calls, is_busy = 0, False
+
+        def hook(event, arguments):
+            nonlocal calls, is_busy
+            if event == "open":
+                is_file_call = isinstance(arguments[0], (str, bytes, os.PathLike))
+            else:
+                is_file_call = event.startswith(("os.", "shutil."))
+            if is_busy or not is_file_call or calls == 0 and event != "os.mkdir":
+                return
+            calls += 1
+            if calls == number:
+                is_busy = True
+                fault()
+                is_busy = False
+
+        # It cannot be removed, so this is for a child
+        sys.addaudithook(hook)
         function()
-        return len(calls)
-
-    return in_child(run)
-
-
-def at_call(number, fault, function):
-    """Runs the function in a child, and `fault` before its n-th call. Returns as `end_of`."""
-
-    def run():
-        calls = iter(range(1, number + 1))
-        on_file_calls(lambda: fault() if next(calls, None) == number else None)
-        function()
+        return calls
 
     return in_child(run)
 

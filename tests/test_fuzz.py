@@ -7,13 +7,14 @@ import json
 import shutil
 import struct
 import tempfile
+from contextlib import contextmanager
 from functools import cache
 from math import inf, nan
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import FAMILIES, file_bytes, save_base, tensor_hashes, tiny_base
+from helpers import FAMILIES, edit_json, file_bytes, save_base, tensor_hashes, tiny_base
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -96,8 +97,7 @@ def convert(folder, work):
     except (ValueError, OSError) as error:
         assert str(error) and set(work.iterdir()) == others
         return type(error).__name__
-    hashes, output_hashes = tensor_hashes(folder), tensor_hashes(output)
-    assert {name: output_hashes[name] for name in hashes} == hashes
+    assert tensor_hashes(output).items() >= tensor_hashes(folder).items()
     index = json.loads((output / INDEX).read_text())["weight_map"]
     assert all(name in load_file(output / shard) for name, shard in index.items())
     revert(output, work / "reverted")
@@ -108,22 +108,17 @@ def convert(folder, work):
     return "retrofit"
 
 
-def check_changed(layout, change):
+@contextmanager
+def converted_copy(layout):
+    """A copy to change. After the `with` statement, it is converted and the result is checked."""
     with tempfile.TemporaryDirectory() as work:
         folder = shutil.copytree(originals() / layout, Path(work) / "base")
-        change(folder)
+        yield folder
         event(convert(folder, Path(work)))
 
 
-def change_json(file, change, overwritten):
-    """Changes the content of a JSON file, then bytes of it, as a damaged disk or a patient stranger does."""
-    content = json.loads(file.read_text())
-    change(content)
-    file.write_text(json.dumps(content))
-    overwrite(file, overwritten)
-
-
 def overwrite(file, overwritten):
+    """As a damaged disk or a patient stranger does."""
     content = bytearray(file.read_bytes())
     for position, replacement in overwritten:
         position %= len(content) + 1
@@ -164,12 +159,11 @@ FIELDS = config_fields(
 
 @given(st.dictionaries(FIELDS, VALUES, max_size=3), st.sets(FIELDS, max_size=2), OVERWRITTEN)
 def test_any_configuration(fields, removed, overwritten):
-    def change(config):
-        config.update(fields)
-        for name in removed & config.keys():
-            del config[name]
-
-    check_changed("single", lambda folder: change_json(folder / "config.json", change, overwritten))
+    with converted_copy("single") as folder:
+        content = {**json.loads((folder / "config.json").read_text()), **fields}
+        content = {name: value for name, value in content.items() if name not in removed}
+        (folder / "config.json").write_text(json.dumps(content))
+        overwrite(folder / "config.json", overwritten)
 
 
 @given(
@@ -179,13 +173,12 @@ def test_any_configuration(fields, removed, overwritten):
     OVERWRITTEN,
 )
 def test_any_tokenizer(fields, special_tokens, overwritten, tokenizer_overwritten):
-    def change(folder):
+    with converted_copy("single") as folder:
         if special_tokens is not None:
             (folder / "special_tokens_map.json").write_text(json.dumps(special_tokens))
-        change_json(folder / "tokenizer_config.json", lambda config: config.update(fields), overwritten)
+        edit_json(folder / "tokenizer_config.json", **fields)
+        overwrite(folder / "tokenizer_config.json", overwritten)
         overwrite(folder / "tokenizer.json", tokenizer_overwritten)
-
-    check_changed("single", change)
 
 
 @given(
@@ -194,11 +187,10 @@ def test_any_tokenizer(fields, special_tokens, overwritten, tokenizer_overwritte
     OVERWRITTEN,
 )
 def test_any_index(entries, others, overwritten):
-    def change(index):
-        index["weight_map"].update(entries)
-        index.update(others)
-
-    check_changed("sharded", lambda folder: change_json(folder / INDEX, change, overwritten))
+    with converted_copy("sharded") as folder:
+        weight_map = json.loads((folder / INDEX).read_text())["weight_map"]
+        edit_json(folder / INDEX, **{"weight_map": {**weight_map, **entries}, **others})
+        overwrite(folder / INDEX, overwritten)
 
 
 @given(
@@ -208,7 +200,7 @@ def test_any_index(entries, others, overwritten):
     OVERWRITTEN,
 )
 def test_any_header(norm, others, length, overwritten):
-    def change(folder):
+    with converted_copy("single") as folder:
         file = folder / "model.safetensors"
         header, body = header_and_body(file)
         header[NORM].update(norm)
@@ -219,8 +211,6 @@ def test_any_header(norm, others, length, overwritten):
         size = 8 + len(json.dumps(header))
         overwrite(file, [(position % size, replacement) for position, replacement in overwritten])
 
-    check_changed("single", change)
-
 
 @given(
     st.dictionaries(config_fields("attnres/config.json"), VALUES, max_size=3),
@@ -230,18 +220,18 @@ def test_any_header(norm, others, length, overwritten):
     OVERWRITTEN,
 )
 def test_any_retrofit_that_is_reverted(fields, overwritten, others, renamed, index_overwritten):
-    def change(index):
-        # The names by which `revert` writes
-        shards = sorted(set(index["weight_map"].values()))
-        names = {shard: name for shard, name in zip(shards, renamed) if name is not None}
-        index["weight_map"] = {tensor: names.get(shard, shard) for tensor, shard in index["weight_map"].items()}
-        index.update(others)
-
     with tempfile.TemporaryDirectory() as work:
         work = Path(work)
         folder = shutil.copytree(originals() / "attnres", work / "attnres")
-        change_json(folder / "config.json", lambda config: config.update(fields), overwritten)
-        change_json(folder / "attnres_base" / INDEX, change, index_overwritten)
+        edit_json(folder / "config.json", **fields)
+        overwrite(folder / "config.json", overwritten)
+        index = folder / "attnres_base" / INDEX
+        weight_map = json.loads(index.read_text())["weight_map"]
+        # The names by which `revert` writes
+        names = {shard: name or shard for shard, name in zip(sorted(set(weight_map.values())), renamed)}
+        weight_map = {tensor: names.get(shard, shard) for tensor, shard in weight_map.items()}
+        edit_json(index, **{"weight_map": weight_map, **others})
+        overwrite(index, index_overwritten)
         before = file_bytes(folder)
         try:
             revert(folder, work / "reverted")
@@ -249,7 +239,6 @@ def test_any_retrofit_that_is_reverted(fields, overwritten, others, renamed, ind
             assert str(error) and [path.name for path in work.iterdir()] == ["attnres"]
             event(type(error).__name__)
         else:
-            expected, actual = tensor_hashes(originals() / "sharded"), tensor_hashes(work / "reverted")
-            assert {name: actual[name] for name in expected} == expected
+            assert tensor_hashes(work / "reverted").items() >= tensor_hashes(originals() / "sharded").items()
             event("reverted")
         assert file_bytes(folder) == before
