@@ -1,16 +1,17 @@
 """A small Hub on loopback. It has the routes that huggingface_hub needs to make, fill and read a repository."""
 
-import asyncio
 import base64
 import hashlib
 import json
 import socket
 import threading
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import uvicorn
-from fastapi import FastAPI, HTTPException, Request, Response
+from fastapi import Depends, FastAPI, HTTPException, Request, Response
 from fastapi.responses import JSONResponse
 
 
@@ -34,10 +35,8 @@ class HubStandIn:
     received: list[str] = field(default_factory=list)
     served: list[str] = field(default_factory=list)
     commits: list[str] = field(default_factory=list)
-    refuse_objects: bool = False
-    # An object that comes after the first sets `waiting` and waits for `hold`
-    hold: threading.Event | None = None
-    waiting: threading.Event = field(default_factory=threading.Event)
+    # Called for each object that arrives
+    accepts_object: Callable[[], bool] = lambda: True
 
     def environment(self, cache, token=TOKEN):
         """Of a process that has this Hub and no other."""
@@ -47,21 +46,11 @@ class HubStandIn:
 
     def sha(self, repository):
         """The commit that all revisions name."""
-        files = self.repositories[repository]
-        return hashlib.sha1("".join(f"{path} {etag(files[path])}" for path in sorted(files)).encode()).hexdigest()
+        return sha1(repr(sorted(self.repositories[repository].items())).encode())
 
-    def check_owner(self, request):
-        if request.headers.get("Authorization") != f"Bearer {TOKEN}":
-            raise HTTPException(401)
 
-    def files(self, request, repository):
-        """The files of a repository. An error if the sender of the request may not read it."""
-        try:
-            if repository in self.private:
-                self.check_owner(request)
-            return self.repositories[repository]
-        except (HTTPException, KeyError):
-            raise HTTPException(404, headers={"X-Error-Code": "RepoNotFound"}) from None
+def sha1(content):
+    return hashlib.sha1(content).hexdigest()
 
 
 @contextmanager
@@ -76,49 +65,58 @@ def running_hub():
         thread.join()
 
 
-def etag(content):
-    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
-
-
 def app_of(hub):
     app = FastAPI()
 
-    @app.get("/api/whoami-v2")
-    def whoami(request: Request):
-        hub.check_owner(request)
+    def is_owner(request: Request):
+        return request.headers.get("Authorization") == f"Bearer {TOKEN}"
+
+    IsOwner = Annotated[bool, Depends(is_owner)]
+
+    def check_owner(is_owner: IsOwner):
+        if not is_owner:
+            raise HTTPException(401)
+
+    def readable_files(repository: str, is_owner: IsOwner):
+        if repository not in hub.repositories or (repository in hub.private and not is_owner):
+            raise HTTPException(404, headers={"X-Error-Code": "RepoNotFound"})
+        return hub.repositories[repository]
+
+    owner_only = [Depends(check_owner)]
+    Files = Annotated[dict, Depends(readable_files)]
+
+    @app.get("/api/whoami-v2", dependencies=owner_only)
+    def whoami():
         return {"name": USER, "type": "user"}
 
-    @app.get("/api/models/{owner}/{name}")
-    @app.get("/api/models/{owner}/{name}/revision/{revision}")
-    def model_info(owner, name, request: Request):
-        repository = f"{owner}/{name}"
-        siblings = [{"rfilename": path} for path in sorted(hub.files(request, repository))]
+    @app.get("/api/models/{repository:path}/tree/{revision}")
+    def tree(files: Files):
+        return [{"type": "file", "path": path, "size": len(c), "oid": sha1(c)} for path, c in sorted(files.items())]
+
+    @app.get("/api/models/{repository:path}/revision/{revision}")
+    def model_info(repository, files: Files):
+        siblings = [{"rfilename": path} for path in sorted(files)]
         private = repository in hub.private
         return {"id": repository, "sha": hub.sha(repository), "siblings": siblings, "private": private}
 
-    @app.get("/api/models/{owner}/{name}/tree/{revision}")
-    def tree(owner, name, request: Request):
-        files = sorted(hub.files(request, f"{owner}/{name}").items())
-        return [{"type": "file", "path": path, "size": len(c), "oid": etag(c)} for path, c in files]
+    # After the longer paths, which it matches too
+    app.get("/api/models/{repository:path}")(model_info)
 
-    @app.api_route("/{owner}/{name}/resolve/{revision}/{path:path}", methods=["GET", "HEAD"])
-    def resolve(owner, name, path, request: Request):
-        files = hub.files(request, f"{owner}/{name}")
-        headers = {"X-Repo-Commit": hub.sha(f"{owner}/{name}")}
+    @app.api_route("/{repository:path}/resolve/{revision}/{path:path}", methods=["GET", "HEAD"])
+    def resolve(repository, path, request: Request, files: Files):
+        headers = {"X-Repo-Commit": hub.sha(repository)}
         if path not in files:
             raise HTTPException(404, headers={**headers, "X-Error-Code": "EntryNotFound"})
         if request.method == "GET":
             hub.served.append(path)
-        return Response(files[path], headers={**headers, "ETag": f'"{etag(files[path])}"'})
+        return Response(files[path], headers={**headers, "ETag": f'"{sha1(files[path])}"'})
 
     @app.post("/api/validate-yaml")
     def validate_yaml():
         return {"errors": [], "warnings": []}
 
-    @app.post("/api/repos/create")
-    async def create(request: Request):
-        hub.check_owner(request)
-        fields = await request.json()
+    @app.post("/api/repos/create", dependencies=owner_only)
+    def create(fields: dict):
         repository = f"{fields.get('organization') or USER}/{fields['name']}"
         is_known = repository in hub.repositories
         hub.repositories.setdefault(repository, {})
@@ -126,48 +124,36 @@ def app_of(hub):
             hub.private.add(repository)
         return JSONResponse({"url": f"{hub.endpoint}/{repository}"}, 409 if is_known else 200)
 
-    @app.post("/api/models/{owner}/{name}/preupload/{revision}")
-    async def preupload(owner, name, request: Request):
-        hub.check_owner(request)
-        known = hub.repositories[f"{owner}/{name}"]
-        modes = []
-        for path in [file["path"] for file in (await request.json())["files"]]:
-            mode = "lfs" if path.endswith(".safetensors") else "regular"
-            oid = etag(known[path]) if path in known else None
-            modes.append({"path": path, "uploadMode": mode, "shouldIgnore": False, "oid": oid})
-        return {"files": modes}
+    @app.post("/api/models/{repository:path}/preupload/{revision}", dependencies=owner_only)
+    def preupload(fields: dict):
+        modes = {f["path"]: "lfs" if f["path"].endswith(".safetensors") else "regular" for f in fields["files"]}
+        return {"files": [{"path": path, "uploadMode": mode, "shouldIgnore": False} for path, mode in modes.items()]}
 
-    @app.post("/{owner}/{name}.git/info/lfs/objects/batch")
-    async def batch(request: Request):
-        hub.check_owner(request)
-        objects = (await request.json())["objects"]
-        for wanted in objects:
+    @app.post("/{repository:path}.git/info/lfs/objects/batch", dependencies=owner_only)
+    def batch(fields: dict):
+        for wanted in fields["objects"]:
             if wanted["oid"] not in hub.objects:
                 wanted["actions"] = {"upload": {"href": f"{hub.endpoint}/lfs/{wanted['oid']}"}}
-        return JSONResponse({"objects": objects, "transfer": "basic"}, media_type="application/vnd.git-lfs+json")
+        content = {"objects": fields["objects"], "transfer": "basic"}
+        return JSONResponse(content, media_type="application/vnd.git-lfs+json")
 
     @app.put("/lfs/{oid}")
     async def upload(oid, request: Request):
         content = await request.body()
-        if hub.hold is not None and hub.received:
-            hub.waiting.set()
-            await asyncio.to_thread(hub.hold.wait)
-            raise HTTPException(403)
-        if hub.refuse_objects or hashlib.sha256(content).hexdigest() != oid:
+        if not hub.accepts_object() or hashlib.sha256(content).hexdigest() != oid:
             raise HTTPException(403)
         hub.received.append(oid)
         hub.objects[oid] = content
 
-    @app.post("/api/models/{owner}/{name}/commit/{revision}")
-    async def commit(owner, name, request: Request):
-        hub.check_owner(request)
-        repository = f"{owner}/{name}"
+    @app.post("/api/models/{repository:path}/commit/{revision}", dependencies=owner_only)
+    async def commit(repository, request: Request):
+        files = hub.repositories[repository]
         for line in map(json.loads, (await request.body()).splitlines()):
             value = line["value"]
             if line["key"] == "file":
-                hub.repositories[repository][value["path"]] = base64.b64decode(value["content"])
+                files[value["path"]] = base64.b64decode(value["content"])
             elif line["key"] == "lfsFile":
-                hub.repositories[repository][value["path"]] = hub.objects[value["oid"]]
+                files[value["path"]] = hub.objects[value["oid"]]
         hub.commits.append(repository)
         sha = hub.sha(repository)
         return {"success": True, "commitOid": sha, "commitUrl": f"{hub.endpoint}/{repository}/commit/{sha}"}

@@ -6,21 +6,15 @@ import math
 import re
 import shutil
 from dataclasses import replace
-from urllib.parse import quote
 
 import plot_inspection
 import pytest
 import torch
-from helpers import (
-    BLOCK,
-    attnres_of,
-    invoke_attnres,
-    randomize_depth_attention,
-    run_example,
-    save_word_tokenizer,
-    tiny_base,
-)
+from helpers import BLOCK, invoke_attnres, randomize_depth_attention, run_example, save_word_tokenizer, tiny_base
 from peft import LoraConfig, get_peft_model
+from selenium import webdriver
+from selenium.webdriver.common.by import By
+from selenium.webdriver.support.select import Select
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modeling_attnres import ATTN_RES_MODULES
@@ -29,21 +23,25 @@ from modeling_attnres.probing import depth_attentions, masked_sources, recorded_
 
 
 WORDS = [f"word{i}" for i in range(99)]
-TEXT = " ".join(WORDS[(7 * i * i + 3) % 99] for i in range(40))
 INPUT_IDS = torch.tensor([[(7 * i * i + 3) % 99 for i in range(40)]])
+TEXT = " ".join(WORDS[i] for i in INPUT_IDS[0])
 SUBLAYERS = [f"layer {i} {kind}" for i in range(5) for kind in ("attention", "MLP")][1:] + ["output"]
+
+
+def load(folder):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """A base, its retrofit, and two checkpoints of a run from there: with trained queries, small and large."""
+    """A text, a base, its retrofit, and two checkpoints of a run from there: with trained queries, small and large."""
     root = tmp_path_factory.mktemp("inspect")
-    base = tiny_base("llama")
-    base.save_pretrained(root / "base")
+    (root / "text.txt").write_text(TEXT)
+    tiny_base("llama").save_pretrained(root / "base")
     save_word_tokenizer(root / "base", WORDS)
     retrofit(root / "base", root / "retrofit", **BLOCK)
-    for name, scale in (("step-100", 0.05), ("step-200", 0.5)):
-        randomize_depth_attention(attnres_of(base, **BLOCK), scale).save_pretrained(root / name)
+    for name, scale in (("step-100", 0.01), ("step-200", 0.125)):
+        randomize_depth_attention(load(root / "retrofit"), scale).save_pretrained(root / name)
         save_word_tokenizer(root / name, WORDS)
     return root
 
@@ -51,10 +49,6 @@ def folders(tmp_path_factory):
 @pytest.fixture(scope="module")
 def inspection(folders):
     return inspect_checkpoint(folders / "step-200", TEXT, ablate=True)
-
-
-def load(folder):
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
 @torch.no_grad()
@@ -145,8 +139,7 @@ def test_an_adapter(folders, tmp_path):
 
 
 def test_the_command(folders, tmp_path):
-    (tmp_path / "text.txt").write_text(TEXT)
-    arguments = (folders / "step-200", "--text", tmp_path / "text.txt", "--max-tokens", 20)
+    arguments = (folders / "step-200", "--text", folders / "text.txt", "--max-tokens", 20)
     result = invoke_attnres("inspect", *arguments, "--json", "--html", tmp_path / "page.html")
     assert result.exit_code == 0, result.stderr
     content = json.loads(result.stdout)
@@ -161,15 +154,14 @@ def test_errors(folders, tmp_path):
         inspect_checkpoint(folders / "base", TEXT)
     with pytest.raises(ValueError, match="The text has 1 tokens, but a loss needs at least 2"):
         inspect_checkpoint(folders / "retrofit", "word1")
-    attnres_of(tiny_base("llama")).save_pretrained(tmp_path / "no-tokenizer")
+    shutil.copytree(folders / "retrofit", tmp_path / "no-tokenizer", ignore=shutil.ignore_patterns("token*"))
     with pytest.raises(ValueError, match="has no tokenizer"):
         inspect_checkpoint(tmp_path / "no-tokenizer", TEXT)
 
 
 def test_pictures(folders, tmp_path):
-    (tmp_path / "text.txt").write_text(TEXT)
     run = [folders / name for name in ("retrofit", "step-100", "step-200")]
-    options = ("--base", folders / "base", "--ablate", "--text", tmp_path / "text.txt", "--max-tokens", 20)
+    options = ("--base", folders / "base", "--ablate", "--text", folders / "text.txt", "--max-tokens", 20)
     run_example("experiments/plot_inspection.py", *run, *options, "--output", tmp_path / "new" / "folder")
     pictures = {path.name: path.read_bytes() for path in (tmp_path / "new" / "folder").iterdir()}
     assert pictures.keys() == {f"{name}.png" for name in ("weights", "entropy", "queries", "ablation", "dilution")}
@@ -200,33 +192,39 @@ def test_dilution_is_that_of_the_base_and_of_the_checkpoint(folders):
 
 # The page in a real browser: opened from a file, a token picked, the weights read off it
 
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-CHROMEDRIVER = shutil.which("chromedriver")
-in_a_browser = pytest.mark.skipif(
-    not (CHROMIUM and CHROMEDRIVER), reason="needs chromium and chromedriver: apt-get install chromium chromium-driver"
-)
-
 
 @pytest.fixture(scope="module")
 def browser():
-    from selenium import webdriver
-
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    chromedriver = shutil.which("chromedriver")
+    if not (chromium and chromedriver):
+        pytest.skip("needs chromium and chromedriver: apt-get install chromium chromium-driver")
     options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
+    options.binary_location = chromium
     for flag in ("headless", "no-sandbox", "disable-quic", "disable-background-networking", "window-size=1200,900"):
         options.add_argument(f"--{flag}")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    driver = webdriver.Chrome(options, webdriver.ChromeService(CHROMEDRIVER))
+    driver = webdriver.Chrome(options, webdriver.ChromeService(chromedriver))
     yield driver
     driver.quit()
 
 
 @pytest.fixture
-def page(browser, inspection, tmp_path):
-    path = tmp_path / "a page.html"
-    path.write_text(inspection.page(), encoding="utf-8")
-    browser.get(f"file://{quote(str(path))}")
+def tab(browser):
+    """A new tab: emulated devices and colors are those of one tab."""
+    browser.switch_to.new_window("tab")
     return browser
+
+
+def show(tab, inspection, folder):
+    (folder / "a page.html").write_text(inspection.page(), encoding="utf-8")
+    tab.get((folder / "a page.html").as_uri())
+
+
+@pytest.fixture
+def page(tab, inspection, tmp_path):
+    show(tab, inspection, tmp_path)
+    return tab
 
 
 def table(page):
@@ -247,10 +245,7 @@ def expected(weights):
     return [pytest.approx([w * len(row) for w in row], abs=0.0061) for row in rows]
 
 
-@in_a_browser
 def test_picking_a_token_shows_its_weights(page, inspection):
-    from selenium.webdriver.common.by import By
-
     caption, sublayers, sources, mean = table(page)
     assert page.title == page.find_element(By.TAG_NAME, "h1").text == "Depth attention of step-200"
     assert "Mean over all tokens" in caption and sublayers == SUBLAYERS and sources == inspection.sources
@@ -267,39 +262,26 @@ def test_picking_a_token_shows_its_weights(page, inspection):
     assert table(page)[3] == mean
 
 
-@in_a_browser
 def test_the_ablation_is_of_the_whole_text(page, inspection):
-    from selenium.webdriver.common.by import By
-    from selenium.webdriver.support.select import Select
-
-    Select(page.find_element(By.ID, "quantity")).select_by_visible_text("change in loss")
-    caption, _, _, changes = table(page)
-    assert "Change in loss" in caption
-    for row, numbers in zip(inspection.loss_changes.tolist(), changes):
-        assert numbers == pytest.approx([change for change in row if change == change], abs=6e-4)
-    assert not page.find_element(By.CSS_SELECTOR, "#tokens button").is_enabled()
-
-
-@in_a_browser
-def test_the_view_changes_only_on_request(page):
-    from selenium.webdriver.common.by import By
-    from selenium.webdriver.support.select import Select
-
-    page.find_elements(By.CSS_SELECTOR, "#tokens button")[7].click()
-    at_7, quantity = table(page), Select(page.find_element(By.ID, "quantity"))
+    """No token changes it, and the token picked before is shown again after it."""
+    tokens = page.find_elements(By.CSS_SELECTOR, "#tokens button")
+    quantity = Select(page.find_element(By.ID, "quantity"))
+    tokens[7].click()
+    at_7 = table(page)
     quantity.select_by_visible_text("change in loss")
-    changes = table(page)
-    page.find_elements(By.CSS_SELECTOR, "#tokens button")[9].click()
-    assert table(page) == changes != at_7
+    ablation = table(page)
+    assert "Change in loss" in ablation[0]
+    for row, numbers in zip(inspection.loss_changes.tolist(), ablation[3]):
+        assert numbers == pytest.approx([change for change in row if change == change], abs=6e-4)
+    assert not tokens[9].is_enabled()
+    tokens[9].click()
+    assert table(page) == ablation
     quantity.select_by_index(0)
     assert table(page) == at_7
 
 
-@in_a_browser
 def test_the_page_explains_itself(page, inspection):
     """The color of the number farthest from 1 is an end of the legend."""
-    from selenium.webdriver.common.by import By
-
     explanation = page.find_element(By.TAG_NAME, "details")
     assert explanation.text == "How to read this"
     explanation.find_element(By.TAG_NAME, "summary").click()
@@ -311,52 +293,39 @@ def test_the_page_explains_itself(page, inspection):
     assert f"rgb({red}, {green}, {blue})" in legend
 
 
-@in_a_browser
-def test_on_a_phone(browser, inspection, tmp_path):
+def test_on_a_phone(tab, inspection, tmp_path):
     """The table scrolls in its own frame, and its headers stay in view, above the numbers. 40 sublayers, 20 sources."""
     size = {"sublayers": [f"layer {i} MLP" for i in range(40)], "sources": [f"layer {i}" for i in range(20)]}
-    large = replace(inspection, **size, weights=torch.rand(40, 40, 20), loss_changes=None)
-    (tmp_path / "page.html").write_text(large.page(), encoding="utf-8")
     phone = {"width": 375, "height": 667, "deviceScaleFactor": 1, "mobile": True}
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", phone)
-    try:
-        browser.get(f"file://{tmp_path}/page.html")
-        width, left, top, corner, column, row = browser.execute_script("""
-            const [frame, head] = [document.getElementById("scroll"), map.tHead.rows[0].cells];
-            frame.scrollIntoView({block: "end"});
-            frame.scrollTo(90, 90);
-            const {left, top, right, bottom} = frame.getBoundingClientRect();
-            const shown = (x, y) => document.elementFromPoint(x, y).closest("th")?.textContent;
-            const [x, y] = [left + head[0].offsetWidth / 2, top + head[0].offsetHeight / 2];
-            return [document.documentElement.scrollWidth, frame.scrollLeft, frame.scrollTop,
-                    shown(x, y), shown(right - 60, y), shown(x, bottom - 60)];
-        """)
-    finally:
-        browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    tab.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", phone)
+    show(tab, replace(inspection, **size, weights=torch.rand(40, 40, 20), loss_changes=None), tmp_path)
+    width, left, top, corner, column, row = tab.execute_script("""
+        const [frame, head] = [document.getElementById("scroll"), map.tHead.rows[0].cells];
+        frame.scrollIntoView({block: "end"});
+        frame.scrollTo(90, 90);
+        const {left, top, right, bottom} = frame.getBoundingClientRect();
+        const shown = (x, y) => document.elementFromPoint(x, y).closest("th")?.textContent;
+        const [x, y] = [left + head[0].offsetWidth / 2, top + head[0].offsetHeight / 2];
+        return [document.documentElement.scrollWidth, frame.scrollLeft, frame.scrollTop,
+                shown(x, y), shown(right - 60, y), shown(x, bottom - 60)];
+    """)
     assert (width, left, top) == (375, 90, 90)
-    assert corner == "" and column in large.sources and row in large.sublayers
+    assert corner == "" and column in size["sources"] and row in size["sublayers"]
 
 
-@in_a_browser
-def test_dark_mode(page):
+@pytest.mark.parametrize("scheme, is_dark", [("dark", True), ("light", False)])
+def test_dark_mode(scheme, is_dark, page):
     """Light on dark where the system asks for it."""
-    from selenium.webdriver.common.by import By
-
-    try:
-        for scheme, is_dark in (("dark", True), ("light", False)):
-            media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
-            page.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
-            for header in page.find_elements(By.TAG_NAME, "th"):
-                text, ground = (
-                    sum(map(int, re.findall(r"\d+", header.value_of_css_property(name))[:3]))
-                    for name in ("color", "background-color")
-                )
-                assert (text > ground) == is_dark and abs(text - ground) > 600
-    finally:
-        page.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+    features = [{"name": "prefers-color-scheme", "value": scheme}]
+    page.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+    for header in page.find_elements(By.TAG_NAME, "th"):
+        text, ground = (
+            sum(map(int, re.findall(r"\d+", header.value_of_css_property(name))[:3]))
+            for name in ("color", "background-color")
+        )
+        assert (text > ground) == is_dark and abs(text - ground) > 600
 
 
-@in_a_browser
 def test_it_asks_for_nothing_but_itself_and_logs_no_error(page):
     for log in ("performance", "browser"):
         page.get_log(log)  # drops the entries of earlier pages

@@ -56,18 +56,14 @@ def remove(name):
     return lambda folder: (folder / name).unlink()
 
 
-def config(**fields):
-    return lambda folder: edit_json(folder / "attnres" / "config.json", **fields)
+def edit(name, **fields):
+    return lambda folder: edit_json(folder / name, **fields)
 
 
 def other_adapter(folder):
     model = AutoModelForCausalLM.from_pretrained(folder / "attnres")
     prefix = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
     get_peft_model(model, prefix).save_pretrained(folder / "adapter")
-
-
-def forget_the_depth_attention(folder):
-    edit_json(folder / "adapter" / "adapter_config.json", modules_to_save=None)
 
 
 def lose_a_tensor(folder):
@@ -82,11 +78,11 @@ def lose_a_tensor(folder):
         (remove("adapter/adapter_config.json"), "adapter is not a PEFT adapter: it has no adapter_config.json"),
         (remove("adapter/adapter_model.safetensors"), "has no adapter_model.safetensors"),
         (lambda folder: (folder / "attnres").rename(folder / "moved"), "The base of .*adapter was not found.*--base"),
-        (config(model_type="llama"), "attnres is not an AttnRes checkpoint"),
-        (config(quantization_config={"quant_method": "fp8"}), "attnres is quantized: use the base before"),
-        (config(intermediate_size=64), "adapter cannot be loaded into .*attnres"),
+        (edit("attnres/config.json", model_type="llama"), "attnres is not an AttnRes checkpoint"),
+        (edit("attnres/config.json", quantization_config={"quant_method": "fp8"}), "is quantized: use the base"),
+        (edit("attnres/config.json", intermediate_size=64), "adapter cannot be loaded into .*attnres"),
         (other_adapter, "adapter cannot be merged"),
-        (forget_the_depth_attention, "adapter cannot be loaded into .*no place for its tensor '.*_res"),
+        (edit("adapter/adapter_config.json", modules_to_save=None), "loaded into .*no place for its tensor '.*_res"),
         (lose_a_tensor, "adapter cannot be loaded into .*Found missing adapter keys"),
     ],
 )

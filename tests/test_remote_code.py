@@ -106,14 +106,14 @@ save_file({"logits": model(input_ids).logits.detach()}, work + "/out.safetensors
 
 
 AUDITED = """
+import traceback
 seen = []
 def audit(event, arguments):
-    if event.split(".")[0] in ("open", "socket", "subprocess", "os", "shutil", "ctypes", "pickle"):
-        # Who asked: an import, which Python does by itself, or a line of that code
-        frame = sys._getframe(1)
-        while frame and not any(part in frame.f_code.co_filename for part in ("importlib", "transformers_modules")):
-            frame = frame.f_back
-        if event.startswith("socket") or frame and "transformers_modules" in frame.f_code.co_filename:
+    if event.startswith(("open", "socket", "subprocess", "os.", "shutil", "ctypes", "pickle")):
+        # The nearest caller is an import, which Python does by itself, or a line of that code
+        files = [frame.f_code.co_filename for frame, _ in traceback.walk_stack(sys._getframe())]
+        caller = next((file for file in files if "importlib" in file or "transformers_modules" in file), "")
+        if event.startswith("socket") or "transformers_modules" in caller:
             seen.append((event, str(arguments)[:200]))
 
 def use():
@@ -141,7 +141,7 @@ def test_the_code_that_travels_opens_nothing_and_sends_nothing(output, tmp_path)
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 ROPES = {
-    "none": ("llama", {}),
+    "none": ("llama", None),
     "llama3": ("llama", {**LLAMA3, "original_max_position_embeddings": 64}),
     "yarn": ("qwen2", {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}),
     "longrope": ("phi3", {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}),
@@ -156,8 +156,7 @@ def test_the_tokenizer_needs_no_code_and_no_package(named, tmp_path):
         base = save_base(tmp_path / rope / "base", family)
         config = json.loads((base / "config.json").read_text())
         del config["rope_parameters"]
-        scaling = {"rope_scaling": rope_scaling} if rope_scaling else {}
-        (base / "config.json").write_text(json.dumps({**config, "rope_theta": 5000.0, **scaling}))
+        (base / "config.json").write_text(json.dumps({**config, "rope_theta": 5000.0, "rope_scaling": rope_scaling}))
         if not named:
             (base / "tokenizer_config.json").unlink()
         there_and_back(base, tmp_path / rope)
