@@ -1,4 +1,4 @@
-"""The links, code and commands of every README. The tests of the scripts run the commands."""
+"""The links, code and commands of every README. The tests of the scripts run most commands."""
 
 import ast
 import re
@@ -40,3 +40,13 @@ def test_code_parses_and_scripts_exist(page):
             for word in shlex.split(code, comments=True):
                 is_ours = re.fullmatch(r"(examples|tests|conversion|\.ci)/[\w/]+(\.py|\.sh|\.ipynb)?", word)
                 assert not is_ours or (ROOT / word).exists(), word
+
+
+def test_the_first_block_of_the_readme(smollm2_folder, tmp_path, monkeypatch):
+    code = next(code for language, code in FENCE.findall((ROOT / "README.md").read_text()) if language == "python")
+    monkeypatch.chdir(tmp_path)
+    namespace = {}
+    exec(code.replace("HuggingFaceTB/SmolLM2-135M-Instruct", str(smollm2_folder)), namespace)
+    inputs = namespace["tokenizer"]("The capital of France is", return_tensors="pt")
+    output = namespace["model"].generate(**inputs, max_new_tokens=3, do_sample=False)
+    assert "Paris" in namespace["tokenizer"].decode(output[0])
