@@ -49,7 +49,7 @@ def base_folder(files, tmp_path_factory):
 
 
 def test_blocks_of_any_number_of_texts(tokenizer, tmp_path):
-    tokenizer = copy.copy(tokenizer)
+    tokenizer = copy.deepcopy(tokenizer)
     files = [tmp_path / f"{number}.txt" for number in range(20)]
     for number, file in enumerate(files):
         file.write_text(f"{number} " * 40)
@@ -132,7 +132,7 @@ def test_examples_read_text_and_chats_and_refuse_anything_else(load_data, tmp_pa
 @pytest.mark.parametrize("script", ["continue_training.py", "finetune_lora.py"])
 def test_only_the_replies_of_a_chat_have_a_loss(script, tokenizer, tmp_path):
     """The first loss is the base's on the tokens that the chat template adds to the prompt."""
-    tokenizer = copy.copy(tokenizer)
+    tokenizer = copy.deepcopy(tokenizer)
     tokenizer.chat_template = (
         "{% for message in messages %}<{{ message.role }}>{{ message.content }}\n{% endfor %}"
         "{% if add_generation_prompt %}<assistant>{% endif %}"

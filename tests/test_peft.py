@@ -139,10 +139,10 @@ def test_an_adapter_of_transformers_4_has_its_experts(family, tokens, tmp_path):
 
 
 def test_methods_that_are_refused():
-    """AdaMSS selects its targets by the base's weights. PEFT has adaption prompts for some model types only."""
+    """FRoD needs the base's weights to select its targets. PEFT has adaption prompts for some model types only."""
     model = attnres_of(tiny_base("llama"))
-    with pytest.raises(ValueError, match="Set `target_modules` of the AdamssConfig"):
-        with_base_targets(model, peft.AdamssConfig(task_type="CAUSAL_LM"))
+    with pytest.raises(ValueError, match="Set `target_modules` of the FrodConfig"):
+        with_base_targets(model, peft.FrodConfig(task_type="CAUSAL_LM"))
     config = peft.AdaptionPromptConfig(task_type="CAUSAL_LM", adapter_len=4, adapter_layers=2)
     with pytest.raises(ValueError, match="Unsupported model type for adaption prompt: 'attnres'"):
         get_peft_model(model, config)
