@@ -29,7 +29,7 @@ def new_folder(output: Path, source: Checkpoint) -> Iterator[Path]:
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise FileExistsError(f"The output {output} exists already and is not an empty folder.")
     if target == Path.cwd() or source.folder.resolve() in target.parents:
-        raise ValueError(f"The output {output} lies in the source or is the current folder: choose another folder.")
+        raise ValueError(f"The output {output} is inside the source or is the current folder: choose another folder.")
     target.parent.mkdir(parents=True, exist_ok=True)
     for unfinished in target.parent.glob(f".{glob.escape(target.name)}.{'[0-9a-f]' * 8}.partial"):
         message = f"{unfinished} is from a killed run, or another run is using it: if none is active, remove it."

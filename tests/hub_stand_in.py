@@ -90,8 +90,10 @@ def app_of(hub):
         return {"name": USER, "type": "user"}
 
     @app.get("/api/models/{repository:path}/tree/{revision}")
-    def tree(files: Files):
-        return [{"type": "file", "path": path, "size": len(c), "oid": sha1(c)} for path, c in sorted(files.items())]
+    @app.get("/api/models/{repository:path}/tree/{revision}/{folder:path}")
+    def tree(files: Files, folder: str = ""):
+        inside = [(path, content) for path, content in sorted(files.items()) if path.startswith(folder)]
+        return [{"type": "file", "path": path, "size": len(c), "oid": sha1(c)} for path, c in inside]
 
     @app.get("/api/models/{repository:path}/revision/{revision}")
     def model_info(repository, files: Files):

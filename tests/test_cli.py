@@ -45,6 +45,7 @@ def test_a_retrofit_that_differs_says_so(tmp_path):
     "command, exit_code, message",
     [
         ("retrofit nothing out", 1, "Error: nothing is not a local folder, not in the Hub cache"),
+        ("retrofit base base", 1, "Error: .*base exists already and is not an empty folder"),
         ("retrofit base out --block-size 0", 1, "Error: `attn_res_block_size` is 0"),
         ("retrofit base out --type blocks", 2, "Error: .*'block', 'full'"),
         ("verify base base", 1, "Error: .*base is not an AttnRes checkpoint"),

@@ -134,6 +134,8 @@ def test_a_model_saved_over_its_linked_retrofit(size, same_names, tmp_path):
     index = json.loads((output / INDEX).read_text())
     saved = {shard.name for shard in output.glob("*.safetensors")}
     assert saved == set(index["weight_map"].values()) and (saved == names) == same_names
+    with pytest.raises(ValueError, match="queries are trained"):
+        revert(output, tmp_path / "reverted")
     revert(output, tmp_path / "reverted", force=True)
     reverted, info = AutoModelForCausalLM.from_pretrained(tmp_path / "reverted", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
@@ -165,6 +167,8 @@ def test_verify_finds_a_nan_anywhere(tmp_path):
         save_file({**tensors, "model.embed_tokens.weight": embedding}, shard, metadata={"format": "pt"})
         result = verify(base, output)
         assert math.isnan(result.max_difference) and not result.passed, token
+    save_file(tensors, shard, metadata={"format": "pt"})
+    assert verify(base, output).passed
     zeros = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
     for file in (base / "model.safetensors", shard):
         save_file(zeros, file, metadata={"format": "pt"})
@@ -199,7 +203,7 @@ def byte_pairs(kind):
 )
 def test_the_tokenizer_is_the_base_s(kind, declared, tmp_path):
     """AutoTokenizer goes by `model_type`, and for some overrules the class in the file."""
-    tokenizer = byte_pairs(kind)
+    tokenizer, changed = byte_pairs(kind), set()
     for family in FAMILIES:
         folder, output = tmp_path / family / "base", tmp_path / family / "attnres"
         tiny_base(family).save_pretrained(folder)
@@ -211,8 +215,12 @@ def test_the_tokenizer_is_the_base_s(kind, declared, tmp_path):
         expected, actual = AutoTokenizer.from_pretrained(folder), AutoTokenizer.from_pretrained(output)
         assert type(actual) is type(expected), family
         assert actual(TEXT).input_ids == expected(TEXT).input_ids, family
+        if (output / "attnres_base" / "tokenizer_config.json").exists():
+            changed.add(family)
         revert(output, tmp_path / family / "reverted")
         assert file_bytes(tmp_path / family / "reverted") == file_bytes(folder), family
+    if declared == "LlamaTokenizerFast" and kind == "metaspace":
+        assert {"phi3", "qwen2"} <= changed < set(FAMILIES), "some of them need it, not all"
 
 
 def test_verify_compares_the_tokenizers(base, tmp_path):
@@ -331,12 +339,15 @@ def test_a_quantized_base(tmp_path):
 
 
 def test_the_output_has_to_be_new_or_empty(base, tmp_path, monkeypatch):
-    (tmp_path / "here").mkdir()
+    for name in ("here", "full"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "full" / "something").write_text("")
     monkeypatch.chdir(tmp_path / "here")
     for output, message in [
+        ("../full", "full exists already and is not an empty folder"),
         ("../base", "base exists already and is not an empty folder"),
         ("../base/LICENSE", "LICENSE exists already and is not an empty folder"),
-        ("../base/attnres", "lies in the source"),
+        ("../base/attnres", "is inside the source"),
         (".", "is the current folder"),
     ]:
         with pytest.raises((FileExistsError, ValueError), match=message):
@@ -347,7 +358,7 @@ def test_the_output_has_to_be_new_or_empty(base, tmp_path, monkeypatch):
     for output in ("empty", "link", "new", "deeper/down"):
         assert (retrofit(base, output) / "config.json").is_file()
     assert os.path.islink("link") and sorted(os.listdir()) == ["deeper", "empty", "link", "new", "target"]
-    assert os.listdir("deeper") == ["down"] and sorted(os.listdir(tmp_path)) == ["base", "here"]
+    assert os.listdir("deeper") == ["down"] and sorted(os.listdir(tmp_path)) == ["base", "full", "here"]
 
 
 @pytest.mark.parametrize("source", ["./no/such/folder", "/nothing/here", "a/b/c", "someone/base"])
@@ -385,12 +396,17 @@ def test_the_same_bytes_in_other_surroundings(tmp_path):
 
 
 # ru_maxrss would not do: a child starts with its parent's
-PEAK_MEMORY = """
+MEASURE = """
 import re, sys
+def peak():
+    with open("/proc/self/status") as status:
+        return int(re.search(r"VmHWM:\\s+(\\d+) kB", status.read())[1]) // 1024
+idle = peak()
 from modeling_attnres.conversion import retrofit
 retrofit(sys.argv[1], sys.argv[2])
-with open("/proc/self/status") as status:
-    print(re.search(r"VmHWM:\\s+(\\d+) kB", status.read())[1])
+retrofitted = peak()
+block = bytearray(600 * 2**20)
+print(retrofitted - idle, peak() - idle)
 """
 
 
@@ -401,7 +417,7 @@ def test_a_large_checkpoint_is_converted_in_little_memory(base, tmp_path):
     tensors["large"] = torch.ones(600 * 2**20, dtype=torch.int8)
     save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
     del tensors
-    megabytes = int(run_python(PEAK_MEMORY, base, tmp_path / "attnres")) / 1024
-    assert 100 < megabytes < 800, "torch and transformers, about 500 MB, without the tensor"
+    retrofitted, with_600_more = map(int, run_python(MEASURE, base, tmp_path / "attnres").split())
+    assert retrofitted < 500 and with_600_more > 600, f"{retrofitted} MB, {with_600_more} MB: the measure works"
     shutil.rmtree(tmp_path / "attnres")
     shutil.rmtree(base)

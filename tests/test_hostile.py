@@ -164,7 +164,10 @@ BAD_SOURCES = {
     "weights: a pickle by that name": (write("model.safetensors", pickle.dumps({"a": 1})), NOT_WHOLE),
     "weights: a folder by that name": (weights_in_a_folder, "model.safetensors"),
     "weights: a tensor is missing": (change_tensors(remove=NORM), f"has no tensor '{NORM}'"),
-    "weights: a tensor of ours": (change_tensors(add=QUERY), f"has a tensor '{QUERY}', the name of one that"),
+    "weights: a tensor of ours": (
+        change_tensors(add=QUERY),
+        f"has a tensor '{QUERY}', the name of one that a retrofit",
+    ),
     "config: none": (remove("config.json"), "has no config.json"),
     "config: empty": (write("config.json", "{}"), "has no `model_type`"),
     "config: a list": (write("config.json", "[]"), "has no `model_type`"),
@@ -183,7 +186,10 @@ BAD_SOURCES = {
     "config: auto_map no object": (config(auto_map=["AutoModel"]), "`auto_map` of"),
     "config: a kernel from the Hub": (config(attn_implementation="someone/kernel"), "code from the Hub"),
     "config: a kernel, privately": (config(_attn_implementation="someone/kernel"), "code from the Hub"),
-    "config: other weights": (config(transformers_weights="tokenizer.json"), "`transformers_weights` .*: rename"),
+    "config: other weights": (
+        config(transformers_weights="tokenizer.json"),
+        "`transformers_weights` of .* is 'tokenizer.json': rename",
+    ),
     "config: a size that is not a number": (config(vocab_size="#"), INVALID),
     "config: rope of a wrong type": (config(rope_parameters=[1]), f"{INVALID}|No model can be built"),
     "config: an unknown activation": (config(hidden_act="__import__('os')"), "No model can be built"),
@@ -196,8 +202,8 @@ BAD_SOURCES = {
     "config: negative layers": (config(num_hidden_layers=-1), "num_hidden_layers"),
     "tokenizer: a list": (write("tokenizer_config.json", "[]"), "is not the configuration of a tokenizer"),
     "tokenizer: another program": (
-        tokenizer(mecab_kwargs={"a": "-r /etc"}),
-        "`mecab_kwargs` .* another program",
+        tokenizer(mecab_kwargs={"mecab_option": "-r /etc/passwd"}),
+        "`mecab_kwargs` of .*, options of another program",
     ),
     "our name for the base's own files": (lambda folder: (folder / "attnres_base").mkdir(), "Rename .*attnres_base"),
     "index: forgets a shard": (forget_a_shard, "has no tensor"),
@@ -280,14 +286,15 @@ def test_links_within_the_folder_and_in_the_hub_cache_are_followed(base, tmp_pat
     expected.pop("additional_chat_templates/tools.jinja")
     blobs = tmp_path / "models--a--base" / "blobs"
     blobs.mkdir(parents=True)
-    # A repository that holds the model in a folder
-    snapshot = tmp_path / "models--a--base" / "snapshots" / "main" / "base"
-    snapshot.mkdir(parents=True)
-    for number, file in enumerate(base.iterdir()):
-        if file.is_file() and file.name != "weights":
-            shutil.copy(file, blobs / str(number))
-            (snapshot / file.name).symlink_to(os.path.relpath(blobs / str(number), snapshot))
-    assert file_bytes(retrofit(snapshot, tmp_path / "of_snapshot")) == expected
+    # A repository that is a model, and one that holds it in a folder
+    for revision in ("base", "main/base"):
+        snapshot = tmp_path / "models--a--base" / "snapshots" / revision
+        snapshot.mkdir(parents=True)
+        for number, file in enumerate(base.iterdir()):
+            if file.is_file() and file.name != "weights":
+                shutil.copy(file, blobs / str(number))
+                (snapshot / file.name).symlink_to(os.path.relpath(blobs / str(number), snapshot))
+        assert file_bytes(retrofit(snapshot, tmp_path / f"of_{revision}")) == expected
     (blobs / "0").unlink()
     (blobs / "0").symlink_to(base / "config.json")
     with pytest.raises(ValueError, match="is a link out of the folder"):

@@ -78,18 +78,17 @@ def test_a_hub_id_and_a_revision(hub, link, tmp_path):
 
 
 LOAD = """
-from peft import AutoPeftModelForCausalLM
-model = {auto_class}.from_pretrained(name, trust_remote_code=True, dtype="float32").eval()
-assert any("transformers_modules" in type(module).__module__ for module in model.modules())
+model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=True, dtype="float32")
+assert "transformers_modules" in type(model).__module__
+AutoTokenizer.from_pretrained(name, trust_remote_code=True)
 with torch.no_grad():
-    save_file({{"logits": model(input_ids).logits}}, work + "/out.safetensors")
+    save_file({"logits": model(input_ids).logits}, work + "/out.safetensors")
 """
 
 
-def logits_without_the_package(hub, name, work, auto_class="AutoModelForCausalLM"):
+def logits_without_the_package(hub, name, work, load=LOAD):
     """Logits of a model on the Hub, by the code that travels with it."""
-    script = LOAD.format(auto_class=auto_class)
-    return run_isolated(script, name, work, env=hub.environment(work / "other-cache"))["logits"]
+    return run_isolated(load, name, work, env=hub.environment(work / "other-cache"))["logits"]
 
 
 def test_retrofit_and_upload(hub, tmp_path):
@@ -169,6 +168,14 @@ create_repo(uploaded_name)
 upload_folder(repo_id=uploaded_name, folder_path=work + "/adapter")
 """
 
+LOAD_ADAPTER = """
+from peft import AutoPeftModelForCausalLM
+model = AutoPeftModelForCausalLM.from_pretrained(name, trust_remote_code=True, dtype="float32").eval()
+assert "transformers_modules" in type(model.get_base_model()).__module__
+with torch.no_grad():
+    save_file({"logits": model(input_ids).logits}, work + "/out.safetensors")
+"""
+
 
 def test_models_and_adapters_push_themselves(hub, tmp_path):
     """
@@ -185,9 +192,11 @@ def test_models_and_adapters_push_themselves(hub, tmp_path):
     assert "attnres" in metadata(card)["tags"] and "# By hand" in card
     assert hub.private == {adapter}, "one that was there stays public"
 
+    # `model.push_to_hub` does not upload the tokenizer
+    hub.repositories[model] |= {path: c for path, c in file_bytes(output).items() if path.startswith("token")}
     base_logits = tiny_base("llama")(INPUT_IDS).logits
     torch.testing.assert_close(logits_without_the_package(hub, model, tmp_path), base_logits, rtol=0, atol=1e-5)
-    logits = logits_without_the_package(hub, adapter, tmp_path, "AutoPeftModelForCausalLM")
+    logits = logits_without_the_package(hub, adapter, tmp_path, LOAD_ADAPTER)
     torch.testing.assert_close(logits, torch.load(tmp_path / "logits.pt"), rtol=0, atol=1e-5)
     assert (logits - base_logits).abs().max() > 0.1
     # PEFT's own `push_to_hub` puts transformers' template in the place of the card

@@ -79,10 +79,16 @@ def lose_a_tensor(folder):
         (remove("adapter/adapter_model.safetensors"), "has no adapter_model.safetensors"),
         (lambda folder: (folder / "attnres").rename(folder / "moved"), "The base of .*adapter was not found.*--base"),
         (edit("attnres/config.json", model_type="llama"), "attnres is not an AttnRes checkpoint"),
-        (edit("attnres/config.json", quantization_config={"quant_method": "fp8"}), "is quantized: use the base"),
+        (
+            edit("attnres/config.json", quantization_config={"quant_method": "fp8"}),
+            "attnres is quantized: use the base before",
+        ),
         (edit("attnres/config.json", intermediate_size=64), "adapter cannot be loaded into .*attnres"),
         (other_adapter, "adapter cannot be merged"),
-        (edit("adapter/adapter_config.json", modules_to_save=None), "loaded into .*no place for its tensor '.*_res"),
+        (
+            edit("adapter/adapter_config.json", modules_to_save=None),
+            "adapter cannot be loaded into .*no place for its tensor '.*_res",
+        ),
         (lose_a_tensor, "adapter cannot be loaded into .*Found missing adapter keys"),
     ],
 )

@@ -2,6 +2,7 @@
 with trained ones where the two ways have to agree."""
 
 import copy
+import inspect
 import pickle
 
 import pytest
@@ -11,7 +12,7 @@ from helpers import BLOCK, FAMILIES, TINY, attnres_of, both_types, run_python, t
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoModel, AutoModelForCausalLM
 
 from modeling_attnres import AttnResConfig, AttnResForCausalLM
 from modeling_attnres.conversion import retrofit
@@ -104,9 +105,10 @@ def test_fewer_layers(base, tokens, tmp_path):
         torch.testing.assert_close(short(**tokens).logits, base(**tokens).logits, rtol=0, atol=1e-5)
 
 
-def test_tracing(base, tokens):
-    """`torch.jit.trace` looks at every attribute of every module."""
+def test_tools_that_look_at_every_attribute(base, tokens):
     model = attnres_of(base, **BLOCK)
+    members, expected = (dict(inspect.getmembers(each)) for each in (model, base))
+    assert members.keys() >= expected.keys()
     model.config.use_cache = False
     traced = torch.jit.trace(model, tokens["input_ids"], strict=False, check_trace=False)
     actual, expected = traced(tokens["input_ids"])["logits"], base(tokens["input_ids"]).logits
@@ -230,6 +232,9 @@ def test_embeddings_can_be_resized(base, tokens):
 
 def test_vllm_can_use_the_class():
     """vLLM asks the class, which has no base yet."""
+    llama = MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING["llama"]]
+    for flag in ("_supports_attention_backend", "_supports_sdpa", "_supports_flash_attn", "_supports_flex_attn"):
+        assert getattr(AttnResForCausalLM, flag) == getattr(llama, flag) is True
     assert AttnResForCausalLM.is_backend_compatible()
 
 

@@ -10,7 +10,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from safetensors.torch import load_file, save_file
 
-from modeling_attnres import ATTN_RES_MODULES, AttnResForCausalLM, with_base_targets
+from modeling_attnres import ATTN_RES_MODULES, AttnResConfig, AttnResForCausalLM, with_base_targets
 
 
 ADAPTERS = {
@@ -79,6 +79,16 @@ def test_two_adapters_in_one_model(adapter, base, tokens, tmp_path):
     for name in ("second", "first"):
         model.set_adapter(name)
         torch.testing.assert_close(logits(model.eval(), tokens), expected[name], rtol=0, atol=1e-5)
+
+
+def test_attn_res_alone_is_a_light_adapter():
+    """In the shape of SmolLM2-135M: 60 depth attentions with two vectors of 576 numbers each."""
+    shape = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}
+    config = AttnResConfig(**shape, num_hidden_layers=30, vocab_size=49152, tie_word_embeddings=True)
+    with torch.device("meta"):
+        adapted = get_peft_model(AttnResForCausalLM(config), ADAPTERS["AttnRes alone"]())
+    trained, total = adapted.get_nb_trainable_parameters()
+    assert trained == 60 * 2 * 576 and trained / total < 0.001
 
 
 @pytest.mark.parametrize("config", [peft.PromptTuningConfig, peft.PrefixTuningConfig])

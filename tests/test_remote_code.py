@@ -141,7 +141,7 @@ def test_the_code_that_travels_opens_nothing_and_sends_nothing(output, tmp_path)
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 ROPES = {
-    "none": ("llama", None),
+    "none": ("llama", {}),
     "llama3": ("llama", {**LLAMA3, "original_max_position_embeddings": 64}),
     "yarn": ("qwen2", {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}),
     "longrope": ("phi3", {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}),
@@ -156,7 +156,8 @@ def test_the_tokenizer_needs_no_code_and_no_package(named, tmp_path):
         base = save_base(tmp_path / rope / "base", family)
         config = json.loads((base / "config.json").read_text())
         del config["rope_parameters"]
-        (base / "config.json").write_text(json.dumps({**config, "rope_theta": 5000.0, "rope_scaling": rope_scaling}))
+        scaling = {"rope_scaling": rope_scaling} if rope_scaling else {}
+        (base / "config.json").write_text(json.dumps({**config, "rope_theta": 5000.0, **scaling}))
         if not named:
             (base / "tokenizer_config.json").unlink()
         there_and_back(base, tmp_path / rope)

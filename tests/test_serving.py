@@ -84,8 +84,11 @@ def test_assisted_generation(target, draft, models, tokenizer):
     """The draft proposes, the target decides: greedy, the target's own tokens."""
     drafted = []
     hook = models[draft].register_forward_hook(lambda *_: drafted.append(1))
+    options = {"max_new_tokens": MAX_TOKENS, "do_sample": False}
+    template = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}
     for question in QUESTIONS:
-        assisted = answer(models[target], tokenizer, question, MAX_TOKENS, assistant_model=models[draft])
-        assert assisted == answer(models[target], tokenizer, question, MAX_TOKENS)
+        inputs = tokenizer.apply_chat_template([{"role": "user", "content": question}], **template)
+        assisted = models[target].generate(**inputs, **options, assistant_model=models[draft])
+        assert torch.equal(assisted, models[target].generate(**inputs, **options))
     assert drafted
     hook.remove()

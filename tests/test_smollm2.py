@@ -1,6 +1,7 @@
 """A real pretrained Llama, SmolLM2-135M-Instruct, on 1,024 tokens of real text."""
 
 import pytest
+import quickstart
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -42,3 +43,10 @@ def test_half_precision_is_as_near_as_the_base(autocast, attnres_folder, smollm2
         results = [logits(folder, input_ids, dtype) for folder in (attnres_folder, smollm2_folder)]
     error, base_error = ((result - base_logits).abs().mean() for result in results)
     assert error <= 1.1 * base_error
+
+
+def test_it_answers_as_the_base_does(attnres_folder, smollm2_folder):
+    tokenizer = AutoTokenizer.from_pretrained(attnres_folder)
+    models = [AutoModelForCausalLM.from_pretrained(f, dtype=torch.float32) for f in (smollm2_folder, attnres_folder)]
+    answers = [quickstart.answer(model, tokenizer) for model in models]
+    assert answers[0] == answers[1] and "Paris" in answers[0]
