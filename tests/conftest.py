@@ -11,6 +11,13 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 # The tests run in parallel
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import torch
+
+
+if not torch.cuda.is_available():
+    # Without a GPU, fla's kernel runs in Triton's interpreter (test_fla.py)
+    os.environ["TRITON_INTERPRET"] = "1"
+
 # fla is here for its reference operator. Linear-attention models would take its CUDA kernels too, on a CPU, so they
 # are imported as if it were not installed, and take their own PyTorch path.
 sys.modules["fla"] = None
@@ -20,7 +27,6 @@ for family in ("kimi_linear", "qwen3_next"):
 del sys.modules["fla"]
 
 import pytest
-import torch
 from filelock import FileLock
 from helpers import TINY
 from hypothesis import settings

@@ -6,14 +6,12 @@ import pytest
 import reference
 import torch
 from fla.ops.attnres import naive_attnres
-from helpers import run_python
 
 from modeling_attnres import AttnResConfig, DepthAttention
 from modeling_attnres.depth_attention import ATTN_RES_IMPLEMENTATIONS
 
 
 EPS = 1e-6
-on_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="fla's kernel runs on a CUDA device")
 both_scales = pytest.mark.parametrize("scale", ["sum", "mean"])
 each_implementation = pytest.mark.parametrize("attend", [ATTN_RES_IMPLEMENTATIONS[n] for n in ("eager", "streaming")])
 
@@ -209,36 +207,3 @@ def test_compiled_computes_the_formula(monkeypatch):
         output, expected = module(*sources), formula(*tensors, scale="sum")
         assert (output - expected).abs().max() < 1e-5 * expected.abs().max()
         assert_gradients_are_the_formulas(output, [module.query, module.key_norm, *sources], "sum", tolerance=1e-4)
-
-
-@on_cuda
-@both_scales
-def test_fla_on_cuda(scale):
-    tensors = [tensor.detach().cuda().requires_grad_() for tensor in inputs(5, shape=(2, 50, 64))]
-    output = ATTN_RES_IMPLEMENTATIONS["fla"](tensors[0], tensors[1], tuple(tensors[2:]), scale, EPS)
-    expected = formula(*tensors, scale=scale)
-    assert (output - expected).abs().max() < 1e-5 * expected.abs().max()
-    assert_gradients_are_the_formulas(output, tensors, scale, tolerance=1e-4)
-    with pytest.raises(NotImplementedError, match="choose 'streaming'"):
-        torch.autograd.grad(output.square().sum(), tensors[0], create_graph=True)
-
-
-def test_fla_on_a_cpu_says_what_to_do():
-    query, key_norm, *sources = inputs(2)
-    with pytest.raises(ValueError, match="`attn_res_implementation` is 'fla'.*torch.float32 on cpu: choose 'auto'"):
-        ATTN_RES_IMPLEMENTATIONS["fla"](query, key_norm, tuple(sources), "sum", EPS)
-
-
-WITHOUT_FLA = """
-import sys
-sys.modules["fla.ops.attnres"] = None  # as in an fla older than 0.6
-import torch
-from modeling_attnres.depth_attention import fla_depth_attention
-fla_depth_attention(torch.zeros(8), torch.ones(8), [torch.ones(2, 8)], "sum", 1e-6)
-"""
-
-
-def test_fla_without_the_package_says_what_is_missing():
-    message = "ImportError: `attn_res_implementation` is 'fla'.*pip install -U flash-linear-attention"
-    with pytest.raises(AssertionError, match=message):
-        run_python(WITHOUT_FLA)
