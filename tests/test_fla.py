@@ -1,37 +1,21 @@
 """flash-linear-attention's kernel: on a GPU, or else in Triton's interpreter, which runs its source on a CPU."""
 
-import importlib
-
 import pytest
 import torch
 from helpers import attnres_of, both_types, run_python, tiny_base, trained
+from interpreter import on_cuda
 from test_depth_attention import EPS, assert_gradients_are_the_formulas, both_scales, formula, inputs
 
 from modeling_attnres.depth_attention import fla_depth_attention
 
 
-class Number(int):
-    """In the interpreter, the variable of a loop is a Python number. The kernel converts it as Triton's."""
-
-    def __mul__(self, other):
-        return Number(int(self) * int(other))
-
-    def to(self, dtype):
-        return self
-
-
 @pytest.fixture
-def device(monkeypatch):
+def device():
     if torch.cuda.is_available():
-        return "cuda"
-    module = importlib.import_module("fla.ops.attnres.fused")
-    monkeypatch.setattr(module, "range", lambda *bounds: map(Number, range(*bounds)), raising=False)
-    for name in ("attnres_fwd_kernel", "attnres_bwd_kernel_dv", "attnres_bwd_kernel_dqdw"):
-        kernel = getattr(module, name)
-        # There is nothing to time
-        monkeypatch.setattr(kernel, "configs", kernel.configs[:1])
-    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
-    return "cpu"
+        yield "cuda"
+    else:
+        with on_cuda():
+            yield "cpu"
 
 
 @both_scales

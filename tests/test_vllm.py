@@ -9,7 +9,9 @@ where there is an environment with vLLM (fifty minutes on two slow cores; vLLM c
 import re
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
+import fla
 import pytest
 import torch
 import vllm_families
@@ -41,9 +43,9 @@ def trained_folder(request, smollm2_folder, tmp_path_factory):
     return trained_retrofit(smollm2_folder, folder, scale=0.004, attn_res_type=request.param)
 
 
-def generated(work, job, expected, **variables):
+def generated(work, job, expected, **options):
     """Runs the job, whose tokens have to be those expected, twice. Returns its result and vLLM's output."""
-    (result,), log = run_jobs([job], work, **variables)
+    (result,), log = run_jobs([job], work, **options)
     assert "error" not in result, log[-8000:]
     assert result["tokens"] == [expected, expected]
     return result, log
@@ -170,14 +172,20 @@ def test_vllm_knows_the_base(family, tmp_path):
     assert "AttnResMoEForCausalLM" in log
 
 
-def test_vllm_compiles_depth_attention_as_one_operation():
-    """By torch's checks of custom operations, on a CPU. vLLM uses this operation on a CUDA device."""
+def test_vllm_s_compiled_graph_has_the_kernel_as_one_operation(tmp_path):
+    """As on a CUDA device: torch's checks of custom operations pass, and the operation runs fla's kernel."""
     check = (
         "import modeling_attnres.vllm, torch; query, key_norm, *sources = torch.randn(5, 1, 9, 64); "
         "arguments = (query[0, 0], key_norm[0, 0], sources, 'sum', 1e-6); "
         "torch.library.opcheck(torch.ops.attnres.depth_attention.default, arguments)"
     )
     subprocess.run([VLLM_PYTHON, "-c", check], check=True)
+    # vLLM's environment does not have it
+    (tmp_path / "fla").symlink_to(Path(fla.__file__).parent)
+    variables = {"PYTHONPATH": str(tmp_path), "TRITON_INTERPRET": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    compiled, expected = tiny_job("llama", tmp_path / "model", enforce_eager=False)
+    script = Path(__file__).with_name("vllm_kernel.py")
+    assert "The kernel runs." in generated(tmp_path, compiled, expected, script=script, **variables)[1]
 
 
 def save_adapter(folder, adapter, modules_to_save=None):

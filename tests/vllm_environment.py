@@ -9,7 +9,7 @@ from pathlib import Path
 VLLM_PYTHON = os.environ.get("ATTNRES_VLLM_PYTHON")
 SCRIPT = Path(__file__).parents[1] / "examples" / "serving" / "vllm_generate.py"
 # Variables that the test run sets for itself
-FOREIGN = ("PYTHONPATH", "OMP_NUM_THREADS", "TRANSFORMERS_VERBOSITY")
+FOREIGN = ("PYTHONPATH", "OMP_NUM_THREADS", "TRANSFORMERS_VERBOSITY", "TRITON_INTERPRET")
 
 
 def environment(work: Path) -> dict[str, str]:
@@ -18,13 +18,15 @@ def environment(work: Path) -> dict[str, str]:
     return {**kept, **{name: str(work / folder) for name, folder in caches.items()}, "VLLM_CPU_KVCACHE_SPACE": "1"}
 
 
-def run_jobs(jobs: list[dict], work: Path, timeout: int = 1800, **variables: str) -> tuple[list[dict], str]:
+def run_jobs(
+    jobs: list[dict], work: Path, timeout: int = 1800, script: Path = SCRIPT, **variables: str
+) -> tuple[list[dict], str]:
     """The results of `vllm_generate.py`, and its output."""
     files = work / "jobs.json", work / "results.json"
     files[0].write_text(json.dumps(jobs))
     files[1].unlink(missing_ok=True)
     process = subprocess.run(
-        [VLLM_PYTHON, SCRIPT, *files],
+        [VLLM_PYTHON, script, *files],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
