@@ -401,8 +401,9 @@ import re, sys
 def peak():
     with open("/proc/self/status") as status:
         return int(re.search(r"VmHWM:\\s+(\\d+) kB", status.read())[1]) // 1024
-idle = peak()
 from modeling_attnres.conversion import retrofit
+from transformers import LlamaForCausalLM  # which `retrofit` imports too
+idle = peak()
 retrofit(sys.argv[1], sys.argv[2])
 retrofitted = peak()
 block = bytearray(600 * 2**20)
@@ -418,6 +419,6 @@ def test_a_large_checkpoint_is_converted_in_little_memory(base, tmp_path):
     save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
     del tensors
     retrofitted, with_600_more = map(int, run_python(MEASURE, base, tmp_path / "attnres").split())
-    assert retrofitted < 500 and with_600_more > 600, f"{retrofitted} MB, {with_600_more} MB: the measure works"
+    assert retrofitted < 60 and with_600_more > 600, f"{retrofitted} MB, {with_600_more} MB: the measure works"
     shutil.rmtree(tmp_path / "attnres")
     shutil.rmtree(base)
