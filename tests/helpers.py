@@ -93,11 +93,15 @@ def greedy(model, prompts, max_new_tokens):
     return [model.generate(torch.tensor([p]), **options)[0, len(p) :].tolist() for p in prompts]
 
 
-def answer(model, tokenizer, question, max_new_tokens, **options):
-    """The greedy answer to a question in a chat."""
+def chat_inputs(tokenizer, question):
     messages = [{"role": "user", "content": question}]
     template = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}
-    inputs = tokenizer.apply_chat_template(messages, **template)
+    return tokenizer.apply_chat_template(messages, **template)
+
+
+def answer(model, tokenizer, question, max_new_tokens, **options):
+    """The greedy answer to a question in a chat."""
+    inputs = chat_inputs(tokenizer, question)
     tokens = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, **options)
     return tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from helpers import EXAMPLES, answer, run_isolated, trained_retrofit
+from helpers import EXAMPLES, answer, chat_inputs, run_isolated, trained_retrofit
 from server import chat, served
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -85,9 +85,8 @@ def test_assisted_generation(target, draft, models, tokenizer):
     drafted = []
     hook = models[draft].register_forward_hook(lambda *_: drafted.append(1))
     options = {"max_new_tokens": MAX_TOKENS, "do_sample": False}
-    template = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}
     for question in QUESTIONS:
-        inputs = tokenizer.apply_chat_template([{"role": "user", "content": question}], **template)
+        inputs = chat_inputs(tokenizer, question)
         assisted = models[target].generate(**inputs, **options, assistant_model=models[draft])
         assert torch.equal(assisted, models[target].generate(**inputs, **options))
     assert drafted
