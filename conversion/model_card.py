@@ -71,7 +71,8 @@ def model_card(source: Checkpoint, config: AttnResConfig, architecture: str) -> 
     name = hub_id or os.path.basename(os.path.abspath(source.name))
     command = ["attnres", "retrofit", name, "OUTPUT"]
     for field in ATTN_RES_FIELDS[1:]:
-        command += [f"--{field.removeprefix('attn_res_').replace('_', '-')}", str(getattr(config, field))]
+        option, value = f"--{field.removeprefix('attn_res_').replace('_', '-')}", getattr(config, field)
+        command += ([option] if value else []) if isinstance(value, bool) else [option, str(value)]
     if hub_id is not None:
         # The Hub cache names a folder by its commit
         command += ["--revision", source.folder.name]
@@ -100,10 +101,11 @@ queries are not zero any more (`attnres inspect`). torch {torch.__version__}, tr
 
 
 def sources_in_words(config: AttnResConfig) -> str:
+    value_read = ", separate read for the values" if config.attn_res_value_read else ""
     if config.attn_res_type == "full":
-        return "full (each sublayer's output)"
+        return f"full (each sublayer's output){value_read}"
     count = math.ceil(config.num_hidden_layers / config.attn_res_block_size)
-    return f"block ({count} blocks of {config.attn_res_block_size} decoder layers)"
+    return f"block ({count} blocks of {config.attn_res_block_size} decoder layers){value_read}"
 
 
 def _complete(

@@ -40,6 +40,7 @@ ATTN_RES_FIELDS = (
     "attn_res_scale",
     "attn_res_norm_eps",
     "attn_res_temperature",
+    "attn_res_value_read",
 )
 
 # The default temperature of a retrofit is its width divided by this constant. With one learning rate, the logits then
@@ -88,6 +89,9 @@ class AttnResConfig(PreTrainedConfig):
             The divisor of the logits `q · RMSNorm(v)`. With Adam, a step moves the logits by up to learning rate ×
             `hidden_size` / temperature. The paper has no temperature, which equals 1.0. For a retrofit, the default is
             `hidden_size` / 128.
+        attn_res_value_read (`bool`, *optional*, defaults to `False`):
+            Whether attention computes its values from a second read of the same sources, with a query of its own. Not
+            in the paper. The base's attention must have a projection `v_proj`.
         attn_res_implementation (`str`, *optional*, defaults to `"auto"`):
             The implementation of the depth attention, which is not saved. `"eager"`: the definition, on a stack of the
             sources. `"streaming"`: the sources are read one by one. `"compiled"`: the same compiled by PyTorch, which
@@ -115,6 +119,7 @@ class AttnResConfig(PreTrainedConfig):
     attn_res_scale: Literal["sum", "mean"] = "sum"
     attn_res_norm_eps: float = 1e-6
     attn_res_temperature: float = 1.0
+    attn_res_value_read: bool = False
     attn_res_implementation: Literal["auto", "eager", "streaming", "compiled", "fla"] = "auto"
 
     def __init__(self, base_model_type: str = "llama", **kwargs):

@@ -9,6 +9,8 @@ depth attention over these outputs.
 """
 
 import inspect
+from collections.abc import Callable
+from functools import wraps
 from threading import RLock
 
 import torch
@@ -41,6 +43,8 @@ from .residual_stream import Reader, ResidualStream, call, trace
 
 # The depth attentions of a decoder layer, in the order of its reads
 READ_NAMES = ("self_attention_res", "mlp_res", "second_mlp_res", "third_mlp_res", "fourth_mlp_res")
+# All names of depth attentions
+ATTN_RES_MODULES = [*READ_NAMES, "value_res", "output_res"]
 
 
 class OverBase:
@@ -78,11 +82,27 @@ def new_over(cls: type, base_class: type) -> nn.Module:
     return object.__new__(cls.over(base_class))
 
 
+class AttnResAttention(OverBase):
+    """The base's attention. `v_proj` receives another input than the other projections (`attn_res_value_read`)."""
+
+    @classmethod
+    def _make_class(cls, base_class: type) -> type:
+        # vLLM recognizes an attention by the source of its forward
+        @wraps(base_class.forward)
+        def forward(self, *args, value_input: torch.Tensor, **kwargs):
+            def call_with_value_input(module: nn.Module, *args, **kwargs):
+                return module(value_input) if module is self.v_proj else module(*args, **kwargs)
+
+            return base_class.forward(Reader(self, call_with_value_input), *args, **kwargs)
+
+        return super()._make_class(base_class, forward=forward)
+
+
 class AttnResDecoderLayer(OverBase, GradientCheckpointingLayer):
     r"""
     The base's decoder layer, run on a [`ResidualStream`]. It adds the depth attentions `self_attention_res` and
     `mlp_res` (the first and second read of the layer; `READ_NAMES` has more) and, in the last layer, `output_res`,
-    which feeds the final norm.
+    which feeds the final norm. With `attn_res_value_read`, `value_res` reads the same sources as `self_attention_res`.
 
     Between layers the decoder carries the stream. Hooks, gradient checkpointing and `forward` see its sources as
     positional tensors.
@@ -117,6 +137,17 @@ class AttnResDecoderLayer(OverBase, GradientCheckpointingLayer):
         device = next(self.parameters()).device
         for name in self.read_names:
             setattr(self, name, DepthAttention(config).to(device))
+        self.value_res = None
+        if config.attn_res_value_read:
+            attention = next((module for module in self.children() if getattr(module, "v_proj", None)), None)
+            if attention is None:
+                raise ValueError(
+                    f"`attn_res_value_read` is True, but layer {layer_idx} of {config.base_model_type!r} has no "
+                    "attention with a projection `v_proj` for its values: set it to False."
+                )
+            if "self_attention_res" in self.read_names:
+                self.value_res = DepthAttention(config).to(device)
+                attention.__class__ = AttnResAttention.over(type(attention))
         is_last = layer_idx == config.num_hidden_layers - 1
         self.output_res = DepthAttention(config).to(device) if is_last else None
 
@@ -142,11 +173,30 @@ class AttnResDecoderLayer(OverBase, GradientCheckpointingLayer):
         """
         reads = iter([getattr(self, name) for name in self.read_names])
         first = ResidualStream(sources, reads, self.is_block_boundary, self.is_full)
-        result = self.base_forward(Reader(self, call), first, **kwargs)
+        call_submodule = call if self.value_res is None else self.call_with_value_read(first)
+        result = self.base_forward(Reader(self, call_submodule), first, **kwargs)
         stream, others = (result[0], result[1:]) if isinstance(result, tuple) else (result, None)
         if self.output_res is not None:
             return first.value, self.output_res(*stream.sources), others
         return first.value, None, others, *stream.sources
+
+    def call_with_value_read(self, stream: ResidualStream) -> Callable:
+        """[`call`] for a layer with `value_res`: attention also receives the input of its values, by the same norm."""
+        read, value_read = stream.read(), self.value_res(*stream.sources)
+        # A tensor and its counterpart for the values: the reads, and the outputs of the norm that is called with them
+        pairs = [(read, value_read)]
+
+        def call_submodule(module: nn.Module, *args, **kwargs):
+            if isinstance(module, AttnResAttention):
+                hidden_states = args[0] if args else kwargs["hidden_states"]
+                (value_input,) = (counterpart for tensor, counterpart in pairs if tensor is hidden_states)
+                return module(*args, value_input=value_input, **kwargs)
+            output = module(*args, **kwargs)
+            if args and args[0] is read:
+                pairs.append((output, module(value_read)))
+            return output
+
+        return call_submodule
 
 
 class AttnResPreTrainedModel(PreTrainedModel):
@@ -189,7 +239,7 @@ class AttnResOverBase(OverBase, AttnResPreTrainedModel):
         names = [name for name in vars(AttnResPreTrainedModel) if name.startswith("_supports")]
         names += ["base_model_prefix", "_can_set_experts_implementation"]
         attributes = {name: getattr(base_class, name) for name in names}
-        in_float32 = [*(base_class._keep_in_fp32_modules_strict or []), *READ_NAMES, "output_res"]
+        in_float32 = [*(base_class._keep_in_fp32_modules_strict or []), *ATTN_RES_MODULES]
         return super()._make_class(base_class, _keep_in_fp32_modules_strict=in_float32, **attributes, **kwargs)
 
     @torch.no_grad()

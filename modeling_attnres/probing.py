@@ -11,17 +11,19 @@ from torch import nn
 
 def depth_attentions(model: nn.Module) -> dict[str, nn.Module]:
     r"""
-    The depth attentions of a model in the order of their calls, by names like `"layer 3 attention"`, `"layer 3 MLP"`
-    and `"output"`. The first read of a layer is named after its attention, although parallel sublayers share it. With
+    The depth attentions of a model, by names like `"layer 3 values"`, `"layer 3 attention"`, `"layer 3 MLP"` and
+    `"output"`. The first read of a layer is named after its attention, although parallel sublayers share it. With
     PEFT, these are the modules in use.
     """
     modules = {}
     for layer in decoder_layers(model):
-        for name in (*layer.read_names, *(["output_res"] if layer.output_res is not None else [])):
+        names = ("value_res", *layer.read_names, "output_res")
+        for name in (name for name in names if getattr(layer, name, None) is not None):
             module = getattr(layer, name)
             if hasattr(module, "modules_to_save"):
                 module = module.modules_to_save[module.active_adapters[0]] if module.active_adapters else module
-            kind = {"self_attention_res": "attention", "mlp_res": "MLP"}.get(name, name.removesuffix("_res"))
+            kinds = {"self_attention_res": "attention", "value_res": "values", "mlp_res": "MLP"}
+            kind = kinds.get(name, name.removesuffix("_res"))
             modules["output" if name == "output_res" else f"layer {layer.layer_idx} {kind}"] = module
     return modules
 

@@ -10,15 +10,12 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from .modeling_attnres import READ_NAMES
+from .modeling_attnres import ATTN_RES_MODULES
 
 
 if TYPE_CHECKING:
     from peft import PeftConfig
 
-
-# The names of the depth attention modules, which PEFT trains in full as `modules_to_save`
-ATTN_RES_MODULES = [*READ_NAMES, "output_res"]
 
 # The max change of the logits in one step. For SmolLM2, 0.4 is best if queries are trained alone; 1.3 ruins the model
 MAX_LOGIT_STEP = 0.5

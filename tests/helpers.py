@@ -38,7 +38,9 @@ AUTO_CLASSES = {
     "AutoModelForTokenClassification",
 }
 BLOCK, FULL = {"attn_res_block_size": 2}, {"attn_res_type": "full"}
+VALUE_READ = {**BLOCK, "attn_res_value_read": True}
 both_types = pytest.mark.parametrize("attn_res", [BLOCK, FULL], ids=["block", "full"])
+each_type = pytest.mark.parametrize("attn_res", [BLOCK, FULL, VALUE_READ], ids=["block", "full", "value read"])
 
 
 def tiny_base_config(base_model_type, **fields):

@@ -4,6 +4,7 @@ operators and for the wiring.
 """
 
 import inspect
+from contextlib import contextmanager
 
 import torch
 
@@ -72,6 +73,19 @@ def sublayers(layer, kwargs):
     ]
 
 
+@contextmanager
+def value_input(layer, attnres_layer, sources):
+    """Within it, the values of a base's attention come from a read of their own, if the AttnRes model has one."""
+    if (read := attnres_layer.value_res) is None:
+        yield
+        return
+    hidden_states = depth_attention(*parameters(read), sources, read.scale, read.eps).to(sources[0].dtype)
+    norm = getattr(layer, "input_layernorm", torch.nn.Identity())
+    hook = layer.self_attn.v_proj.register_forward_pre_hook(lambda module, args: norm(hidden_states))
+    yield
+    hook.remove()
+
+
 def reference_hidden_states(base, attnres, input_ids):
     """
     The final norm's output, from the modules of `base` and the queries of `attnres`. The embedding, masks and positions
@@ -101,7 +115,9 @@ def reference_hidden_states(base, attnres, input_ids):
             sources = outputs if config.attn_res_type == "full" else sources
             if len(sources) > 1:
                 hidden_states = depth_attention(*parameters(read), sources, read.scale, read.eps).to(outputs[0].dtype)
-            for output in sublayer(hidden_states):
+            with value_input(layer, attnres.model.layers[i], sources):
+                added = sublayer(hidden_states)
+            for output in added:
                 outputs = [*outputs, output]
                 partial = output if partial is None else partial + output
     sources = outputs if config.attn_res_type == "full" else [*blocks, partial]

@@ -13,10 +13,11 @@ from helpers import attnres, file_bytes, invoke_attnres, save_base
 
 def test_there_and_back(tmp_path):
     base = save_base(tmp_path / "base")
-    options = ("--type", "block", "--block-size", 2, "--scale", "sum", "--norm-eps", "1e-5", "--link")
+    options = ("--type", "block", "--block-size", 2, "--scale", "sum", "--norm-eps", "1e-5", "--value-read", "--link")
     retrofit = attnres("retrofit", base, tmp_path / "attnres", *options)
     assert retrofit.returncode == 0, retrofit.stderr
-    assert "llama, 5 layers, block (3 blocks of 2 decoder layers), 640 new parameters" in retrofit.stdout
+    sources = "block (3 blocks of 2 decoder layers), separate read for the values"
+    assert f"llama, 5 layers, {sources}, 896 new parameters" in retrofit.stdout
     assert f" It computes the same as its base.\nNext: attnres verify {base} {tmp_path / 'attnres'}" in retrofit.stdout
     config = json.loads((tmp_path / "attnres" / "config.json").read_text())
     assert config["attn_res_block_size"] == 2 and config["attn_res_norm_eps"] == 1e-5

@@ -23,7 +23,7 @@ def test_defaults_and_other_names_are_the_base_s(family):
     base = CONFIG_MAPPING[family]()
     config = AttnResConfig(base_model_type=family)
     ours, theirs = config.to_dict(), base.to_dict()
-    added = {"type", "block_size", "scale", "norm_eps", "temperature"}
+    added = {"type", "block_size", "scale", "norm_eps", "temperature", "value_read"}
     assert ours.keys() - theirs.keys() == {"base_model_type", *(f"attn_res_{name}" for name in added)}
     assert {name for name in theirs if ours[name] != theirs[name]} == {"model_type"}
     assert config.attribute_map == base.attribute_map
@@ -86,7 +86,7 @@ def test_legacy_names_of_the_base_are_understood():
     assert config.rope_parameters["rope_theta"] == 12345.0
 
 
-def test_config_json_is_the_base_s_and_six_fields(tmp_path):
+def test_config_json_is_the_base_s_and_seven_fields(tmp_path):
     base_config = tiny_base_config("qwen2")
     AttnResConfig.from_base_config(base_config).save_pretrained(tmp_path / "attnres")
     base_config.save_pretrained(tmp_path / "base")
@@ -99,6 +99,7 @@ def test_config_json_is_the_base_s_and_six_fields(tmp_path):
         "attn_res_scale": "sum",
         "attn_res_norm_eps": 1e-6,
         "attn_res_temperature": 1.0,
+        "attn_res_value_read": False,
     }
     assert ours == theirs
 

@@ -4,7 +4,7 @@ import inspect
 
 import pytest
 import torch
-from helpers import tiny_base, trained, trained_retrofit
+from helpers import BLOCK, FULL, VALUE_READ, tiny_base, trained, trained_retrofit
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaModel
 from transformers.integrations.executorch import TorchExportableModuleWithStaticCache
 
@@ -13,12 +13,12 @@ TOKENS = torch.randint(1, 99, (1, 9), generator=torch.Generator().manual_seed(0)
 CACHE_NAME = "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters else "past_key_values"
 
 
-@pytest.fixture(params=["block", "full", "SmolLM2"])
+@pytest.fixture(params=["block", "full", "value read", "SmolLM2"])
 def model(request, tmp_path):
     if request.param == "SmolLM2":
         folder = trained_retrofit(request.getfixturevalue("smollm2_folder"), tmp_path, scale=0.002)
         return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    return trained(tiny_base("llama"), attn_res_type=request.param, attn_res_block_size=2)
+    return trained(tiny_base("llama"), **{"block": BLOCK, "full": FULL, "value read": VALUE_READ}[request.param])
 
 
 def assert_same_logits(actual, expected, model):
@@ -42,7 +42,7 @@ def test_an_exported_decoding_step_gives_the_same_logits(model):
             assert_same_logits(logits[0, 0], expected[position], model)
 
 
-@pytest.mark.parametrize("model", ["block", "SmolLM2"], indirect=True)
+@pytest.mark.parametrize("model", ["block", "value read", "SmolLM2"], indirect=True)
 def test_a_decoding_step_in_onnx_gives_the_same_logits(model, tmp_path):
     for package in ("onnx", "onnxscript", "onnxruntime", "transformers.exporters"):
         pytest.importorskip(package)

@@ -2,7 +2,19 @@
 
 import pytest
 import torch
-from helpers import BLOCK, FAMILIES, FULL, MIXTURES, OTHERS, attnres_of, both_types, run_python, tiny_base, trained
+from helpers import (
+    BLOCK,
+    FAMILIES,
+    FULL,
+    MIXTURES,
+    OTHERS,
+    VALUE_READ,
+    attnres_of,
+    both_types,
+    run_python,
+    tiny_base,
+    trained,
+)
 from reference import reference_hidden_states
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -12,6 +24,8 @@ from modeling_attnres.conversion import retrofit, verify
 
 each_family = pytest.mark.parametrize("family", FAMILIES)
 each_mixture = pytest.mark.parametrize("family", MIXTURES)
+# Values are a part of another projection, or some layers have no attention
+WITHOUT_V_PROJ = {"phi3", "deepseek_v3", "kimi_linear", "qwen3_next", "recurrent_gemma"}
 
 
 def logits_in_two_passes(model, tokens):
@@ -71,11 +85,19 @@ def test_bfloat16_departs_no_further_than_the_base_itself(family, attn_res):
 
 
 @each_family
-@pytest.mark.parametrize("attn_res", [{"attn_res_block_size": 1}, BLOCK, FULL], ids=["block 1", "block 2", "full"])
+@pytest.mark.parametrize(
+    "attn_res",
+    [{"attn_res_block_size": 1}, BLOCK, FULL, VALUE_READ],
+    ids=["block 1", "block 2", "full", "value read"],
+)
 @pytest.mark.parametrize("scale", ["sum", "mean"])
 @torch.no_grad()
 def test_trained_queries_are_wired_as_in_the_paper(family, attn_res, scale, tokens):
     base = tiny_base(family, attn_implementation="eager")
+    if attn_res == VALUE_READ and family in WITHOUT_V_PROJ:
+        with pytest.raises(ValueError, match=f"`attn_res_value_read` is True, but layer . of '{family}' has no"):
+            attnres_of(base, **attn_res)
+        return
     if family not in MIXTURES:
         # Experts do not run in float64
         base.double()

@@ -8,7 +8,18 @@ import pickle
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import BLOCK, FAMILIES, TINY, attnres_of, both_types, run_python, tiny_base, tiny_base_config, trained
+from helpers import (
+    BLOCK,
+    FAMILIES,
+    TINY,
+    attnres_of,
+    both_types,
+    each_type,
+    run_python,
+    tiny_base,
+    tiny_base_config,
+    trained,
+)
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -128,7 +139,7 @@ def test_missing_weights_are_initialized_as_in_the_base(base, tmp_path):
     assert (loaded.model.layers[1].mlp_res.query != 0).any()
 
 
-@both_types
+@each_type
 def test_save_and_load(base, attn_res, tmp_path, tokens):
     model = trained(base, **attn_res)
     model.save_pretrained(tmp_path)
@@ -141,7 +152,7 @@ def test_save_and_load(base, attn_res, tmp_path, tokens):
     torch.testing.assert_close(headless, model.model(**tokens)[0], rtol=0, atol=1e-5)
 
 
-@both_types
+@each_type
 def test_generation_does_not_depend_on_the_cache(base, attn_res, tokens):
     model = trained(base, **attn_res)
     arguments = dict(**tokens, max_new_tokens=12, do_sample=False)
@@ -200,7 +211,7 @@ def test_attention_implementations_agree(base, tokens, tmp_path):
         AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="flash_attention_2")
 
 
-@both_types
+@each_type
 @each_implementation
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_gradient_checkpointing_changes_no_gradient(base, attn_res, implementation, use_reentrant, tokens):
@@ -245,7 +256,7 @@ def test_float64_retrofit_is_exact_to_float64(base, attn_res, tokens):
     assert difference.abs().max() < 1e-13
 
 
-@both_types
+@each_type
 @each_implementation
 def test_compiles_without_a_graph_break(base, attn_res, implementation, tokens):
     """A forward pass and a training step."""

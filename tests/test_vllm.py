@@ -15,7 +15,7 @@ import fla
 import pytest
 import torch
 import vllm_families
-from helpers import answer, greedy, tiny_base, trained, trained_retrofit
+from helpers import BLOCK, answer, each_type, greedy, tiny_base, trained, trained_retrofit
 from peft import LoraConfig, get_peft_model
 from server import chat, served
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -142,9 +142,9 @@ def test_vllm_serve(trained_folder, smollm2_folder, tmp_path):
             assert list(answers) == expected
 
 
-def tiny_job(family, folder, attn_res_type="block", **options):
+def tiny_job(family, folder, attn_res=BLOCK, **options):
     """A small random model with random queries, and the tokens that it generates."""
-    model = trained(tiny_base(family, **larger(family)), attn_res_type=attn_res_type, attn_res_block_size=2)
+    model = trained(tiny_base(family, **larger(family)), **attn_res)
     model.save_pretrained(folder)
     expected = greedy(model, TINY_PROMPTS, vllm_families.MAX_TOKENS)
     return job(folder, TINY_PROMPTS, vllm_families.MAX_TOKENS, **{**OPTIONS, **options}), expected
@@ -158,10 +158,10 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("attn_res_type", ["block", "full"])
+@each_type
 @pytest.mark.parametrize("options, layers", LAYOUTS.values(), ids=LAYOUTS)
-def test_vllm_in_stages_within_a_block(options, layers, attn_res_type, tmp_path):
-    staged, expected = tiny_job("llama", tmp_path / "model", attn_res_type, **options)
+def test_vllm_in_stages_within_a_block(options, layers, attn_res, tmp_path):
+    staged, expected = tiny_job("llama", tmp_path / "model", attn_res, **options)
     generated(tmp_path, staged, expected, VLLM_PP_LAYER_PARTITION=layers)
 
 

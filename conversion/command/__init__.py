@@ -60,6 +60,7 @@ def retrofit(
     ] = "sum",
     norm_eps: Annotated[float, typer.Option(help="Epsilon of the keys' RMSNorm.")] = 1e-6,
     temperature: Annotated[float | None, typer.Option(help="Divisor of the logits.", show_default="width/128")] = None,
+    value_read: Annotated[bool, typer.Option("--value-read", help="A separate read for attention's values.")] = False,
     link: Annotated[bool, typer.Option("--link", help="Hard-link the base's weights, without a copy.")] = False,
     revision: Revision = None,
 ):
@@ -71,7 +72,7 @@ def retrofit(
     from modeling_attnres.conversion.retrofit import retrofit, summary
 
     options = {"type": type, "block_size": block_size, "scale": scale, "norm_eps": norm_eps, "temperature": temperature}
-    attn_res = {f"attn_res_{name}": value for name, value in options.items()}
+    attn_res = {f"attn_res_{name}": value for name, value in {**options, "value_read": value_read}.items()}
     retrofit(base, output, link=link, revision=revision, **attn_res)
     typer.echo(f"Wrote {output}: {summary(output)}.")
     verify = ["attnres", "verify", base, str(output), *(["--revision", revision] if revision else [])]
