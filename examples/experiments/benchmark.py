@@ -101,12 +101,12 @@ EXPERIMENTS = {"kept norms": kept_norms}
 CUDA_PEERS = {"plain PyTorch": streaming_depth_attention, "flash-attn-res": flash_attn_res}
 
 
-def attnres_of(base: PreTrainedModel, blocks: str, operator=None, implementation="auto") -> AttnResForCausalLM:
+def attnres_of(base: PreTrainedModel, blocks: str, operator=None, **attn_res) -> AttnResForCausalLM:
     """An AttnRes model with the base's weights and random queries. `operator` replaces the depth attention."""
     layers = base.config.num_hidden_layers
     shape = {"attn_res_type": "full"} if blocks == "full" else {"attn_res_block_size": max(1, layers // int(blocks))}
     shared = {id(tensor): tensor for tensor in (*base.parameters(), *base.buffers())}
-    model = AttnResForCausalLM.from_base(copy.deepcopy(base, shared), attn_res_implementation=implementation, **shape)
+    model = AttnResForCausalLM.from_base(copy.deepcopy(base, shared), **shape, **attn_res)
     for module in model.modules():
         if isinstance(module, DepthAttention):
             torch.nn.init.normal_(module.query, std=0.02)
@@ -233,6 +233,7 @@ def main():
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--gradient-checkpointing", action="store_true")
     parser.add_argument("--implementation", choices=ATTN_RES_IMPLEMENTATIONS, default="auto", help="of AttnRes")
+    parser.add_argument("--value-read", action="store_true", help="also with a separate read for the values")
     parser.add_argument("--compile", action="store_true", help="compile the forward passes")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="three sizes without peers")
@@ -262,9 +263,11 @@ def benchmark(size: str, args: argparse.Namespace) -> list[dict]:
     base = AutoModelForCausalLM.from_config(config).to(args.device, getattr(torch, args.dtype))
     models = {"base": base}
     for blocks in args.blocks:
-        models[blocks if blocks == "full" else f"{blocks} blocks"] = attnres_of(
-            base, blocks, implementation=args.implementation
-        )
+        name = blocks if blocks == "full" else f"{blocks} blocks"
+        attn_res = {"attn_res_implementation": args.implementation}
+        models[name] = attnres_of(base, blocks, **attn_res)
+        if args.value_read:
+            models[f"{name}, read for the values"] = attnres_of(base, blocks, attn_res_value_read=True, **attn_res)
     for peer in args.peers:
         models[f"{args.blocks[0]} blocks, {peer}"] = attnres_of(
             base, args.blocks[0], (PEERS | CUDA_PEERS | EXPERIMENTS)[peer]

@@ -4,7 +4,8 @@
     python examples/experiments/plot_pretrain.py pretrain.jsonl --output pretrain.png
 
 All arms start with the same weights and see the same batches, no text twice. `base` is a small Llama. The others are
-named by type, scaling (`mean` is the form of the paper) and addition (reads.py). The learning rate of each arm is swept
+named by type, scaling (`mean` is the form of the paper) and addition: an input-dependent query of a rank (reads.py), or
+a separate read for the values of attention. The learning rate of each arm is swept
 at the first width and half the length, until its best value is inside the sweep. It is divided by the width.
 
 The rate is constant after a warm-up, and falls to zero over the last fifth of a run. So runs of several lengths share
@@ -22,7 +23,7 @@ from typing import NamedTuple
 
 from datasets import Dataset, DatasetDict
 from filelock import FileLock, Timeout
-from reads import add_reads
+from reads import add_input_dependent_queries
 from text import cut, dataset, package_files, sample
 from train_base import llama_config, train_tokenizer
 from training import record, train
@@ -32,7 +33,7 @@ from modeling_attnres import AttnResConfig
 
 
 ARMS = ("base", "block-sum", "full-sum", "block-mean", "full-mean")
-# Experiments of reads.py
+# With other reads
 READS = ("block-sum-query16", "block-sum-query64", "block-sum-values")
 # A run of length 1 has ten times as many steps as there are between two checkpoints
 UNITS = 10
@@ -58,12 +59,12 @@ def build(config: LlamaConfig, arm: str, seed: int) -> PreTrainedModel:
     if arm == "base":
         return base
     kind, scale, *reads = arm.split("-")
-    config = AttnResConfig.from_base_config(config, attn_res_type=kind, attn_res_scale=scale)
+    attn_res = {"attn_res_type": kind, "attn_res_scale": scale, "attn_res_value_read": "values" in reads}
+    config = AttnResConfig.from_base_config(config, **attn_res)
     model = AutoModelForCausalLM.from_config(config)
     # The base has no queries and no key norms
     model.load_state_dict(base.state_dict(), strict=False)
-    for name in reads:
-        add_reads(model, name)
+    add_input_dependent_queries(model, arm)
     return model
 
 

@@ -1,9 +1,6 @@
-"""Other reads, as an experiment: an input-dependent query, and a separate read for the values of attention.
+"""Input-dependent queries, as an experiment. Their input-dependent part is zero at first, so a retrofit is exact."""
 
-Both are exact at step 0: the input-dependent part is zero, and the separate read has the same zero query.
-"""
-
-from functools import partial
+import re
 
 import torch
 from torch import nn
@@ -30,35 +27,10 @@ class InputDependentDepthAttention(DepthAttention):
         return depth_attention(query / self.temperature, self.key_norm, sources, self.scale, self.eps)
 
 
-def add_input_dependent_queries(model: nn.Module, rank: int) -> None:
-    for layer in decoder_layers(model.model):
-        for name in (*layer.read_names, "output_res"):
-            if getattr(layer, name) is not None:
-                setattr(layer, name, InputDependentDepthAttention(model.config, rank))
-
-
-def add_value_reads(model: nn.Module) -> None:
-    """In a Llama, the input of `v_proj` becomes a read of its own, `value_res`."""
-    for layer in decoder_layers(model.model):
-        # The first layer has a single source
-        if "self_attention_res" in layer.read_names:
-            layer.value_res = DepthAttention(model.config)
-            seen = {}
-            layer.self_attention_res.register_forward_pre_hook(partial(remember, seen))
-            layer.self_attn.v_proj.register_forward_pre_hook(partial(read_values, layer, seen))
-
-
-def remember(seen: dict, module: nn.Module, sources: tuple[torch.Tensor, ...]) -> None:
-    seen["sources"] = sources
-
-
-def read_values(layer: nn.Module, seen: dict, module: nn.Module, args: tuple) -> torch.Tensor:
-    return layer.input_layernorm(layer.value_res(*seen.pop("sources")))
-
-
-def add_reads(model: nn.Module, kind: str) -> None:
-    """`kind` is "values", or "query" and a rank, for instance "query16"."""
-    if kind == "values":
-        add_value_reads(model)
-    else:
-        add_input_dependent_queries(model, int(kind.removeprefix("query")))
+def add_input_dependent_queries(model: nn.Module, arm: str) -> None:
+    """If the arm is to have them. "query16" in its name means that their rank is 16."""
+    if rank := re.search(r"query(\d+)", arm):
+        for layer in decoder_layers(model.model):
+            for name in (*layer.read_names, "output_res"):
+                if getattr(layer, name) is not None:
+                    setattr(layer, name, InputDependentDepthAttention(model.config, int(rank[1])))

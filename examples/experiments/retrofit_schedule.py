@@ -17,7 +17,7 @@ from pathlib import Path
 
 from datasets import DatasetDict
 from pretrain import WEIGHT_DECAY, Run
-from reads import add_reads
+from reads import add_input_dependent_queries
 from text import sample
 from training import record, train
 from transformers import AutoModelForCausalLM
@@ -28,7 +28,7 @@ from modeling_attnres.probing import depth_attentions
 
 # The length of the base's schedule
 ARMS = {"base": 1, "plateau": 1, "queries-first": 1, "finished-base": 0.8, "finished": 0.8}
-# Experiments of reads.py
+# With other reads, see pretrain.py
 ARMS |= {"plateau-query16": 1, "plateau-query64": 1, "plateau-values": 1}
 
 
@@ -76,11 +76,11 @@ def main():
                 if fields in done:
                     continue
                 checkpoint = args.folder / run.folder / f"{ARMS[arm]:g}" / f"checkpoint-{start}"
-                if "base" not in arm and not (attnres := checkpoint.with_name("attnres")).exists():
-                    retrofit(checkpoint, attnres, link=True)
+                attnres = checkpoint.with_name(f"attnres-{arm}")
+                if "base" not in arm and not attnres.exists():
+                    retrofit(checkpoint, attnres, link=True, attn_res_value_read=arm.endswith("values"))
                 model = AutoModelForCausalLM.from_pretrained(checkpoint if "base" in arm else attnres)
-                if arm.startswith("plateau-"):
-                    add_reads(model, arm.removeprefix("plateau-"))
+                add_input_dependent_queries(model, arm)
                 if arm == "queries-first":
                     quarter = len(blocks) // row["batch_size"] // 4 * row["batch_size"]
                     model.requires_grad_(False)
