@@ -72,7 +72,7 @@ def model_card(source: Checkpoint, config: AttnResConfig, architecture: str) -> 
     command = ["attnres", "retrofit", name, "OUTPUT"]
     for field in ATTN_RES_FIELDS[1:]:
         option, value = f"--{field.removeprefix('attn_res_').replace('_', '-')}", getattr(config, field)
-        command += ([option] if value else []) if isinstance(value, bool) else [option, str(value)]
+        command += [option] * value if isinstance(value, bool) else [option, str(value)]
     if hub_id is not None:
         # The Hub cache names a folder by its commit
         command += ["--revision", source.folder.name]
@@ -101,11 +101,10 @@ queries are not zero any more (`attnres inspect`). torch {torch.__version__}, tr
 
 
 def sources_in_words(config: AttnResConfig) -> str:
-    value_read = ", separate read for the values" if config.attn_res_value_read else ""
-    if config.attn_res_type == "full":
-        return f"full (each sublayer's output){value_read}"
     count = math.ceil(config.num_hidden_layers / config.attn_res_block_size)
-    return f"block ({count} blocks of {config.attn_res_block_size} decoder layers){value_read}"
+    block = f"block ({count} blocks of {config.attn_res_block_size} decoder layers)"
+    sources = "full (each sublayer's output)" if config.attn_res_type == "full" else block
+    return f"{sources}, separate read for the values" if config.attn_res_value_read else sources
 
 
 def _complete(

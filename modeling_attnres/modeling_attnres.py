@@ -87,7 +87,7 @@ class AttnResAttention(OverBase):
 
     @classmethod
     def _make_class(cls, base_class: type) -> type:
-        # vLLM recognizes an attention by the source of its forward
+        # `wraps`, because vLLM recognizes an attention by the source of its forward, which has to be the base's
         @wraps(base_class.forward)
         def forward(self, *args, value_input: torch.Tensor, **kwargs):
             def call_with_value_input(module: nn.Module, *args, **kwargs):
@@ -181,16 +181,21 @@ class AttnResDecoderLayer(OverBase, GradientCheckpointingLayer):
         return first.value, None, others, *stream.sources
 
     def call_with_value_read(self, stream: ResidualStream) -> Callable:
-        """[`call`] for a layer with `value_res`: attention also receives the input of its values, by the same norm."""
+        """[`call`] for a layer with `value_res`. It also passes the second read to attention, after the same norm."""
         read, value_read = stream.read(), self.value_res(*stream.sources)
-        # A tensor and its counterpart for the values: the reads, and the outputs of the norm that is called with them
+        # Inputs and their counterparts from the second read: the reads, and the outputs of the norm called with them
         pairs = [(read, value_read)]
 
         def call_submodule(module: nn.Module, *args, **kwargs):
             if isinstance(module, AttnResAttention):
                 hidden_states = args[0] if args else kwargs["hidden_states"]
-                (value_input,) = (counterpart for tensor, counterpart in pairs if tensor is hidden_states)
-                return module(*args, value_input=value_input, **kwargs)
+                for tensor, counterpart in pairs:
+                    if tensor is hidden_states:
+                        return module(*args, value_input=counterpart, **kwargs)
+                raise TypeError(
+                    f"`attn_res_value_read` is True, but `{type(self).__bases__[1].__name__}` changes the input of its "
+                    "attention after the norm: set it to False."
+                )
             output = module(*args, **kwargs)
             if args and args[0] is read:
                 pairs.append((output, module(value_read)))

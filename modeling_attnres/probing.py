@@ -11,18 +11,19 @@ from torch import nn
 
 def depth_attentions(model: nn.Module) -> dict[str, nn.Module]:
     r"""
-    The depth attentions of a model, by names like `"layer 3 values"`, `"layer 3 attention"`, `"layer 3 MLP"` and
-    `"output"`. The first read of a layer is named after its attention, although parallel sublayers share it. With
+    The depth attentions of a model in the order of their calls, by names like `"layer 3 attention"`, `"layer 3 MLP"`
+    and `"output"`. The first read of a layer is named after its attention, although parallel sublayers share it. With
     PEFT, these are the modules in use.
     """
+    kinds = {"self_attention_res": "attention", "value_res": "values", "mlp_res": "MLP"}
     modules = {}
     for layer in decoder_layers(model):
-        names = ("value_res", *layer.read_names, "output_res")
-        for name in (name for name in names if getattr(layer, name, None) is not None):
-            module = getattr(layer, name)
+        for name in (*layer.read_names[:1], "value_res", *layer.read_names[1:], "output_res"):
+            # Layers of older remote code have no `value_res`
+            if (module := getattr(layer, name, None)) is None:
+                continue
             if hasattr(module, "modules_to_save"):
                 module = module.modules_to_save[module.active_adapters[0]] if module.active_adapters else module
-            kinds = {"self_attention_res": "attention", "value_res": "values", "mlp_res": "MLP"}
             kind = kinds.get(name, name.removesuffix("_res"))
             modules["output" if name == "output_res" else f"layer {layer.layer_idx} {kind}"] = module
     return modules

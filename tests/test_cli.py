@@ -13,11 +13,10 @@ from helpers import attnres, file_bytes, invoke_attnres, save_base
 
 def test_there_and_back(tmp_path):
     base = save_base(tmp_path / "base")
-    options = ("--type", "block", "--block-size", 2, "--scale", "sum", "--norm-eps", "1e-5", "--value-read", "--link")
+    options = ("--type", "block", "--block-size", 2, "--scale", "sum", "--norm-eps", "1e-5", "--link")
     retrofit = attnres("retrofit", base, tmp_path / "attnres", *options)
     assert retrofit.returncode == 0, retrofit.stderr
-    sources = "block (3 blocks of 2 decoder layers), separate read for the values"
-    assert f"llama, 5 layers, {sources}, 896 new parameters" in retrofit.stdout
+    assert "llama, 5 layers, block (3 blocks of 2 decoder layers), 640 new parameters" in retrofit.stdout
     assert f" It computes the same as its base.\nNext: attnres verify {base} {tmp_path / 'attnres'}" in retrofit.stdout
     config = json.loads((tmp_path / "attnres" / "config.json").read_text())
     assert config["attn_res_block_size"] == 2 and config["attn_res_norm_eps"] == 1e-5
@@ -31,6 +30,20 @@ def test_there_and_back(tmp_path):
     module = (sys.executable, "-m", "modeling_attnres.conversion")
     revert = attnres("revert", tmp_path / "attnres", tmp_path / "reverted", command=module)
     assert revert.returncode == 0, revert.stderr
+    assert file_bytes(tmp_path / "reverted") == file_bytes(base)
+
+
+def test_a_read_for_the_values(tmp_path):
+    base, output = save_base(tmp_path / "base"), tmp_path / "attnres"
+    retrofit = invoke_attnres("retrofit", base, output, "--type", "full", "--value-read")
+    assert "full (each sublayer's output), separate read for the values, 896 new parameters" in retrofit.stdout
+    assert invoke_attnres("verify", base, output).exit_code == 0
+    # As the card says it was made
+    command = re.search(r"`attnres (retrofit .*)`", (output / "README.md").read_text())[1]
+    again = command.replace("retrofit base OUTPUT", f"retrofit {base} {tmp_path / 'again'}").split()
+    assert invoke_attnres(*again).exit_code == 0
+    assert (tmp_path / "again" / "config.json").read_bytes() == (output / "config.json").read_bytes()
+    assert invoke_attnres("revert", output, tmp_path / "reverted").exit_code == 0
     assert file_bytes(tmp_path / "reverted") == file_bytes(base)
 
 

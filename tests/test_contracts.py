@@ -57,6 +57,16 @@ def test_a_layer_that_normalizes_the_stream_in_place_is_refused(monkeypatch):
         attnres_of(tiny_base("llama"))
 
 
+def test_a_layer_that_changes_the_input_of_attention_has_no_read_for_the_values(tokens, monkeypatch):
+    norm = r"(hidden_states = self.input_layernorm\(hidden_states\))"
+    llama_of_another_release(monkeypatch, (norm, r"\1 * 1.0"))
+    attnres_of(tiny_base("llama"))(**tokens)
+    with pytest.raises(
+        TypeError, match="`attn_res_value_read` is True, but `LlamaDecoderLayer` changes.*to False"
+    ):
+        attnres_of(tiny_base("llama"), attn_res_value_read=True)(**tokens)
+
+
 def test_a_layer_with_hidden_arguments_is_refused(monkeypatch):
     layer_class = llama_of_another_release(monkeypatch).LlamaDecoderLayer
     monkeypatch.setattr(layer_class, "forward", lambda *args, **kwargs: None)

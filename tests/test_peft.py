@@ -29,10 +29,11 @@ def queries(model):
     return torch.stack([p for name, p in model.named_parameters() if name.endswith("query") and p.requires_grad])
 
 
+@pytest.mark.parametrize("fields, reads", [({}, 10), ({"attn_res_value_read": True}, 14)], ids=["block", "value read"])
 @each_adapter
-def test_an_adapter_is_trained_saved_loaded_merged_and_unloaded(adapter, base, tokens, tmp_path):
-    model = get_peft_model(attnres_of(base, attn_res_value_read=True), adapter()).eval()
-    assert (queries(model) == 0).all() and len(queries(model)) == 14
+def test_an_adapter_is_trained_saved_loaded_merged_and_unloaded(adapter, fields, reads, base, tokens, tmp_path):
+    model = get_peft_model(attnres_of(base, **fields), adapter()).eval()
+    assert (queries(model) == 0).all() and len(queries(model)) == reads
     # PEFT wraps modules, and hidden states are recorded by class and name of a module
     actual, expected = (each(**tokens, output_hidden_states=True) for each in (model, base))
     torch.testing.assert_close(actual.hidden_states, expected.hidden_states, rtol=0, atol=1e-5)
@@ -45,10 +46,10 @@ def test_an_adapter_is_trained_saved_loaded_merged_and_unloaded(adapter, base, t
     model.save_pretrained(tmp_path)
     saved = load_file(tmp_path / "adapter_model.safetensors")
     of_attn_res = [name for name in saved if not set(ATTN_RES_MODULES).isdisjoint(name.split("."))]
-    # Query and key norm of 14 depth attentions, not wrapped as linear layers
-    assert len(of_attn_res) == 28 and all(saved[name].shape == (32,) for name in of_attn_res)
+    # Query and key norm of each depth attention, not wrapped as linear layers
+    assert len(of_attn_res) == 2 * reads and all(saved[name].shape == (32,) for name in of_attn_res)
 
-    loaded = PeftModel.from_pretrained(attnres_of(base, attn_res_value_read=True), tmp_path).eval()
+    loaded = PeftModel.from_pretrained(attnres_of(base, **fields), tmp_path).eval()
     torch.testing.assert_close(logits(loaded, tokens), trained, rtol=0, atol=1e-5)
     with loaded.disable_adapter():
         torch.testing.assert_close(logits(loaded, tokens), logits(base, tokens), rtol=0, atol=1e-5)
@@ -59,7 +60,7 @@ def test_an_adapter_is_trained_saved_loaded_merged_and_unloaded(adapter, base, t
         torch.testing.assert_close(logits(each, tokens), trained, rtol=0, atol=1e-5)
 
     # `unload` removes the LoRA and keeps `modules_to_save` as trained
-    unloaded = PeftModel.from_pretrained(attnres_of(base, attn_res_value_read=True), tmp_path).unload().state_dict()
+    unloaded = PeftModel.from_pretrained(attnres_of(base, **fields), tmp_path).unload().state_dict()
     attn_res = {name: tensor for name, tensor in merged.state_dict().items() if "_res." in name}
     torch.testing.assert_close(unloaded, {**base.state_dict(), **attn_res}, rtol=0, atol=0)
 

@@ -71,8 +71,9 @@ def retrofit(
     """
     from modeling_attnres.conversion.retrofit import retrofit, summary
 
-    options = {"type": type, "block_size": block_size, "scale": scale, "norm_eps": norm_eps, "temperature": temperature}
-    attn_res = {f"attn_res_{name}": value for name, value in {**options, "value_read": value_read}.items()}
+    options = {"type": type, "block_size": block_size, "scale": scale, "norm_eps": norm_eps}
+    options |= {"temperature": temperature, "value_read": value_read}
+    attn_res = {f"attn_res_{name}": value for name, value in options.items()}
     retrofit(base, output, link=link, revision=revision, **attn_res)
     typer.echo(f"Wrote {output}: {summary(output)}.")
     verify = ["attnres", "verify", base, str(output), *(["--revision", revision] if revision else [])]

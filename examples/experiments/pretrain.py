@@ -5,8 +5,8 @@
 
 All arms start with the same weights and see the same batches, no text twice. `base` is a small Llama. The others are
 named by type, scaling (`mean` is the form of the paper) and addition: an input-dependent query of a rank (reads.py), or
-a separate read for the values of attention. The learning rate of each arm is swept
-at the first width and half the length, until its best value is inside the sweep. It is divided by the width.
+a separate read for the values of attention. The learning rate of each arm is swept at the first width and half the
+length, until its best value is inside the sweep. It is divided by the width.
 
 The rate is constant after a warm-up, and falls to zero over the last fifth of a run. So runs of several lengths share
 their first part. Runs that are finished are in the output, and others go on from their last checkpoint: stop the

@@ -28,7 +28,7 @@ class InputDependentDepthAttention(DepthAttention):
 
 
 def add_input_dependent_queries(model: nn.Module, arm: str) -> None:
-    """If the arm is to have them. "query16" in its name means that their rank is 16."""
+    """Adds them if the arm's name has, for instance, "query16". 16 is then their rank."""
     if rank := re.search(r"query(\d+)", arm):
         for layer in decoder_layers(model.model):
             for name in (*layer.read_names, "output_res"):

@@ -76,9 +76,10 @@ def main():
                 if fields in done:
                     continue
                 checkpoint = args.folder / run.folder / f"{ARMS[arm]:g}" / f"checkpoint-{start}"
-                attnres = checkpoint.with_name(f"attnres-{arm}")
+                value_read = arm == "plateau-values"
+                attnres = checkpoint.with_name("attnres-values" if value_read else "attnres")
                 if "base" not in arm and not attnres.exists():
-                    retrofit(checkpoint, attnres, link=True, attn_res_value_read=arm.endswith("values"))
+                    retrofit(checkpoint, attnres, link=True, attn_res_value_read=value_read)
                 model = AutoModelForCausalLM.from_pretrained(checkpoint if "base" in arm else attnres)
                 add_input_dependent_queries(model, arm)
                 if arm == "queries-first":

@@ -44,7 +44,7 @@ def main():
     groups = {
         "none": set(),
         "all": set(names),
-        "the attention's": {name for name in names if name.endswith("self_attention_res")},
+        "the attention's": {name for name in names if name.endswith(("self_attention_res", "value_res"))},
         "the MLPs'": {name for name in names if name.endswith("mlp_res")},
     }
     layers = model.config.num_hidden_layers
