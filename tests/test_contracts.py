@@ -61,9 +61,7 @@ def test_a_layer_that_changes_the_input_of_attention_has_no_read_for_the_values(
     norm = r"(hidden_states = self.input_layernorm\(hidden_states\))"
     llama_of_another_release(monkeypatch, (norm, r"\1 * 1.0"))
     attnres_of(tiny_base("llama"))(**tokens)
-    with pytest.raises(
-        TypeError, match="`attn_res_value_read` is True, but `LlamaDecoderLayer` changes.*to False"
-    ):
+    with pytest.raises(TypeError, match="`attn_res_value_read` is True, but `LlamaDecoderLayer` changes.*to False"):
         attnres_of(tiny_base("llama"), attn_res_value_read=True)(**tokens)
 
 
